@@ -1,0 +1,105 @@
+"""Every error that a user can meet, in one tree.
+
+    ProbecacheError
+    ├── UsageError               an option's value, or a combination of options, makes no sense
+    │   └── LayerError           a layer that the model does not have
+    ├── DataError                a data file cannot be read as records; names the row
+    ├── PromptError              a record cannot be rendered to token ids; names the row
+    ├── ModelError               a model cannot be found, read or run
+    │   ├── PreflightError       batched forward and plain forward disagree
+    │   └── OutOfMemoryError     a single prompt does not fit on the device
+    ├── NonFiniteError           NaN or Inf in activations
+    ├── OutputError              the output place is taken, full or not writable
+    ├── StoreError               a cache or run is missing, unfinished or damaged
+    │   └── LayerNotCachedError  a layer that the cache does not hold
+    ├── MismatchError            two things that must belong together do not
+    └── FitError                 activations cannot be fitted or scored
+        ├── ShapeError           widths differ
+        └── EmptyClassError      a class has no rows
+
+A message says what was expected, what came and what to do, in one line. Errors are raised where
+they are found and caught only in `cli.py`, which prints the line and exits with code 2.
+"""
+
+__all__ = [
+    "DataError",
+    "EmptyClassError",
+    "FitError",
+    "LayerError",
+    "LayerNotCachedError",
+    "MismatchError",
+    "ModelError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PreflightError",
+    "ProbecacheError",
+    "PromptError",
+    "ShapeError",
+    "StoreError",
+    "UsageError",
+]
+
+
+class ProbecacheError(Exception):
+    """Root of the tree; catch it to catch whatever probecache refuses."""
+
+
+class UsageError(ProbecacheError):
+    """An option's value, or a combination of options, makes no sense."""
+
+
+class LayerError(UsageError):
+    """A layer that the model does not have; the message names the range."""
+
+
+class DataError(ProbecacheError):
+    """A data file cannot be read as records; the message names the file and the row."""
+
+
+class PromptError(ProbecacheError):
+    """A record cannot be rendered to token ids; the message names the row."""
+
+
+class ModelError(ProbecacheError):
+    """A model cannot be found, read or run."""
+
+
+class PreflightError(ModelError):
+    """The batched forward disagrees with a plain one-prompt-at-a-time forward."""
+
+
+class OutOfMemoryError(ModelError):
+    """A single prompt does not fit on the device."""
+
+
+class NonFiniteError(ProbecacheError):
+    """Activations hold NaN or Inf; the message names layer and rows."""
+
+
+class OutputError(ProbecacheError):
+    """The place to write to is taken, full or not writable."""
+
+
+class StoreError(ProbecacheError):
+    """A cache or run is missing, unfinished or damaged."""
+
+
+class LayerNotCachedError(StoreError):
+    """A layer that the cache does not hold; the message lists those it holds."""
+
+
+class MismatchError(ProbecacheError):
+    """Vectors, cache and data do not belong together; the message shows the difference."""
+
+
+class FitError(ProbecacheError):
+    """Activations cannot be fitted or scored."""
+
+
+class ShapeError(FitError):
+    """Widths differ."""
+
+
+class EmptyClassError(FitError):
+    """A class has no rows."""
