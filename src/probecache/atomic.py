@@ -1,0 +1,136 @@
+"""Files and folders that appear whole or not at all.
+
+Guarantee: after `write_bytes`, `commit_folder` or `commit_file` returns, the new content and its
+name are on disk; a kill or a power cut before that leaves the old state under the final name. Not
+covered: disks that acknowledge a flush they have not done, and network file systems.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probecache.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "commit_folder",
+    "disk_errors_named",
+    "free_bytes",
+    "sha256_of_file",
+    "sync_folder",
+    "temporary_sibling",
+    "write_bytes",
+]
+
+_CHUNK = 1 << 22
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable. Without it a rename may be forgotten by a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace or create `path` so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Give a finished folder its final name: flush every file and folder in it, then rename.
+
+    `final` must not exist, or be an empty folder.
+
+    Raises:
+        OutputError: something has appeared at `final` meanwhile; `temporary` is left as it is.
+    """
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(
+                f"expected nothing at {final}, but something was put there during the run; "
+                f"the finished result lies in {temporary}: move it to a free name"
+            ) from error
+        raise
+    sync_folder(final.parent)
+
+
+@contextmanager
+def temporary_sibling(final: Path) -> Iterator[Path]:
+    """A fresh folder beside `final`, on one file system with it; removed on exit if still there."""
+    with disk_errors_named(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+        )
+        # mkdtemp makes it private; the result should be as readable as any folder of the user's.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into one clear line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"expected room for the output at {path}, but the disk or quota is full "
+                f"({error.strerror}); nothing was kept; free space or choose another --output"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise OutputError(
+                f"expected to be able to write at {path}, got: {error.strerror} "
+                f"({error.filename}); choose another --output"
+            ) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free to this user on the file system that `path` lies or would lie on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,325 @@
+"""Data files to examples.
+
+Reads .json (an array), .jsonl and .csv, holding records of one of two forms:
+
+    pair      {"question", "positive", "negative"} or {"question", "test", "deploy"}
+    labelled  {"question" | "text" | "prompt" | "messages", "type" | "label"}
+
+Guarantee: every record becomes examples (a pair two, the testing side first) in file order, or the
+whole file is refused with the row that is at fault. Nothing is dropped, repaired or guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from probecache.errors import DataError
+from probecache.types import Example, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["Dataset", "load_dataset", "parse_records"]
+
+TESTING, DEPLOYMENT = "testing", "deployment"
+
+_PAIR_ANSWERS = (("positive", "negative"), ("test", "deploy"))
+_TEXT_FIELDS = ("question", "text", "prompt", "messages")
+_LABEL_FIELDS = ("type", "label")
+# The guide's data says either word; one class must not become two.
+_CLASS_OF_WORD = {"test": TESTING, "testing": TESTING, "deploy": DEPLOYMENT, DEPLOYMENT: DEPLOYMENT}
+_FORMS = (
+    "a pair (question, positive, negative; or question, test, deploy) or a labelled record "
+    "(question, text, prompt or messages; and type or label)"
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in file order, and where they came from."""
+
+    source: str
+    examples: tuple[Example, ...]
+    paired: bool
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes in order of first appearance."""
+        return tuple(dict.fromkeys(example.label for example in self.examples))
+
+    @property
+    def num_examples(self) -> int:
+        """Records: a pair counts once."""
+        return len({example.row for example in self.examples})
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that an example says, so equal data in another file is equal."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            fields = asdict(example)
+            del fields["row"]  # blank lines in a file change nothing
+            digest.update(json.dumps(fields, sort_keys=True).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+
+def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
+    """Read a data file, or records that are already in memory.
+
+    Args:
+        data: path of a .json, .jsonl or .csv file in UTF-8, or a list of records.
+
+    Raises:
+        DataError: the file or one of its rows is not as the module's docstring says.
+    """
+    if not isinstance(data, (str, Path)):
+        return parse_records(enumerate(data, start=1), source="records in memory")
+    path = Path(data)
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"expected --data to end in .json, .jsonl or .csv, got {path.name!r}")
+    text = _read_text(path)
+    return parse_records(readers[path.suffix.lower()](text, path), source=str(path))
+
+
+def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
+    """Turn numbered records into examples; all of one form, of at least two classes.
+
+    Raises:
+        DataError: names `source` and the row.
+    """
+    examples: list[Example] = []
+    form: str | None = None
+    first_row = 0
+    for index, (row, record) in enumerate(rows):
+        where = f"{source}, row {row}"
+        this_form = _form_of(record, where)
+        if form is None:
+            form, first_row = this_form, row
+        elif this_form != form:
+            raise DataError(
+                f"{where}: expected a {form} record like row {first_row}, got a {this_form} one; "
+                "put the two forms into two files"
+            )
+        parse = _parse_pair if this_form == "pair" else _parse_labelled
+        examples.extend(parse(record, index, row, where))
+    if not examples:
+        raise DataError(f"{source}: expected at least one record, got none")
+    dataset = Dataset(source, tuple(_with_class_names(examples)), paired=form == "pair")
+    _check_classes(dataset)
+    return dataset
+
+
+# ---------------------------------------------------------------- files to records
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"expected a readable data file at {path}, got: {error.strerror}"
+        ) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: expected UTF-8, got the byte 0x{content[error.start]:02x} "
+            f"at offset {error.start}; save the file as UTF-8"
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected valid JSON, got: {error}") from error
+
+
+def _read_json(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+    records = _parse_json(text, str(path))
+    if not isinstance(records, list):
+        raise DataError(
+            f"{path}: expected a JSON array of records, got {_kind(records)}; "
+            "for one record per line name the file .jsonl"
+        )
+    return enumerate(records, start=1)
+
+
+def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+    # Not splitlines(): it would also cut at U+2028 and others that JSON strings may hold.
+    for row, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield row, _parse_json(line, f"{path}, row {row}")
+
+
+def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+    csv.field_size_limit(max(len(text), 1))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    row = 0
+    try:
+        for row, record in enumerate(reader, start=1):
+            if None in record or None in record.values():
+                raise DataError(
+                    f"{path}, row {row}: expected {len(reader.fieldnames or [])} columns as in the "
+                    "header, got another number; quote fields that hold commas"
+                )
+            # An empty cell is an absent field: columns are shared by all rows.
+            yield row, {key: value for key, value in record.items() if value != ""}
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row + 1}: expected valid CSV, got: {error}") from error
+
+
+# ---------------------------------------------------------------- records to examples
+
+
+def _form_of(record: Any, where: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object with named fields, got {_kind(record)}")
+    pairs = [answers for answers in _PAIR_ANSWERS if all(name in record for name in answers)]
+    if len(pairs) > 1:
+        raise DataError(
+            f"{where}: expected either positive and negative or test and deploy, got all four"
+        )
+    if pairs and "question" in record:
+        return "pair"
+    if any(name in record for name in _TEXT_FIELDS) and any(n in record for n in _LABEL_FIELDS):
+        return "labelled"
+    fields = ", ".join(sorted(map(str, record))) or "none"
+    raise DataError(f"{where}: expected {_FORMS}; got the fields {fields[:200]}")
+
+
+def _parse_pair(record: dict[str, Any], index: int, row: int, where: str) -> Iterable[Example]:
+    names = next(a for a in _PAIR_ANSWERS if all(name in record for name in a))
+    question = _text(record, "question", where)
+    identifier = _optional(record, "id", where) or str(index)
+    group = _optional(record, "group", where) or identifier
+    for label, name in zip((TESTING, DEPLOYMENT), names, strict=True):
+        yield Example(
+            row=row,
+            id=identifier,
+            group=group,
+            label=label,
+            question=question,
+            messages=(Message("user", question),),
+            answer=_text(record, name, where),
+            category=_optional(record, "category", where),
+        )
+
+
+def _parse_labelled(record: dict[str, Any], index: int, row: int, where: str) -> Iterable[Example]:
+    text_field = _only_one(record, _TEXT_FIELDS, where)
+    label_field = _only_one(record, _LABEL_FIELDS, where)
+    if text_field == "messages":
+        messages = _messages(record["messages"], where)
+    else:
+        messages = (Message("user", _text(record, text_field, where)),)
+    identifier = _optional(record, "id", where) or str(index)
+    users = [message.content for message in messages if message.role == "user"]
+    yield Example(
+        row=row,
+        id=identifier,
+        group=_optional(record, "group", where) or identifier,
+        label=_label(record[label_field], label_field, where),
+        question=users[-1] if users else messages[-1].content,
+        messages=messages,
+        category=_optional(record, "category", where),
+    )
+
+
+def _only_one(record: dict[str, Any], names: Sequence[str], where: str) -> str:
+    present = [name for name in names if name in record]
+    if len(present) > 1:
+        raise DataError(
+            f"{where}: expected one of the fields {', '.join(names)}, "
+            f"got {' and '.join(present)}; rename or remove the others"
+        )
+    return present[0]
+
+
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: expected messages to be a list of turns, got {_kind(value)}")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        inside = f"{where}, message {number}"
+        if not isinstance(turn, dict):
+            raise DataError(
+                f"{inside}: expected an object with role and content, got {_kind(turn)}"
+            )
+        turns.append(Message(_text(turn, "role", inside), _text(turn, "content", inside)))
+    return tuple(turns)
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected {name} to be text, got {_kind(value)}")
+    if not value.strip():
+        raise DataError(f"{where}: expected {name} to hold text, got an empty prompt")
+    return _encodable(value, name, where)
+
+
+def _label(value: Any, name: str, where: str) -> str:
+    if isinstance(value, (bool, int)):
+        return str(value)
+    return _text({name: value}, name, where)
+
+
+def _optional(record: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(
+            f"{where}: expected {name} to be text or a whole number, got {_kind(value)}"
+        )
+    return _encodable(str(value), name, where)
+
+
+def _encodable(value: str, name: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: expected {name} to be valid Unicode, got the lone surrogate "
+            f"\\u{ord(value[error.start]):04x} at character {error.start}; re-export the text"
+        ) from error
+    return value
+
+
+def _kind(value: Any) -> str:
+    words = {dict: "an object", list: "a list", str: "text", type(None): "nothing"}
+    return words.get(type(value), f"a {type(value).__name__}")
+
+
+# ---------------------------------------------------------------- classes
+
+
+def _with_class_names(examples: list[Example]) -> Iterable[Example]:
+    """Read `test` as testing and `deploy` as deployment, where the data holds no other class."""
+    if not {example.label for example in examples} <= _CLASS_OF_WORD.keys():
+        return examples
+    return (replace(e, label=_CLASS_OF_WORD[e.label]) for e in examples)
+
+
+def _check_classes(dataset: Dataset) -> None:
+    if len(dataset.labels) < 2:
+        raise DataError(
+            f"{dataset.source}: expected examples of at least two classes, got only "
+            f"{dataset.labels[0]!r} ({len(dataset)} examples), so the other class has no examples; "
+            "add some"
+        )

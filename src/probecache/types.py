@@ -1,0 +1,133 @@
+"""The frozen records that pass between rooms, and the words that are written into files.
+
+Nothing here computes; nothing here imports beyond the standard library and NumPy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "DEFAULT_POSITIVE_CLASS",
+    "LAYER_CONVENTION",
+    "Dtype",
+    "Example",
+    "Identity",
+    "Message",
+    "Positions",
+    "TokenizedPrompt",
+]
+
+LAYER_CONVENTION = (
+    "layer L = residual stream after L blocks, before the final norm; "
+    "0 = embeddings, num_hidden_layers = after the last block"
+)
+
+DEFAULT_POSITIVE_CLASS = "deployment"
+
+
+class Positions(StrEnum):
+    """Which tokens of an example are kept."""
+
+    LAST = "last"  # the last token: of the answer for pairs, of the rendered prompt otherwise
+    MEAN = "mean"  # one row, the mean over what `all` keeps
+    ALL = "all"  # every token of the text; BOS, special and template tokens left out
+    ANSWER = "answer"  # every token of the appended answer
+
+    @property
+    def one_row(self) -> bool:
+        """Whether an example gives exactly one row."""
+        return self in (Positions.LAST, Positions.MEAN)
+
+
+class Dtype(StrEnum):
+    """The floating-point format that the model runs in and the rows are stored in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return 4 if self is Dtype.FLOAT32 else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with a class. A pair is two examples of one `group`.
+
+    `row` is where its record stands in the data file, from 1, for messages to the user.
+    `messages` are what the prompt is made of; `question` is the text shown to a reader.
+    """
+
+    row: int
+    id: str
+    group: str
+    label: str
+    question: str
+    messages: tuple[Message, ...]
+    answer: str | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedPrompt:
+    """An example as the model sees it.
+
+    Attributes:
+        ids: int32 [tokens], the whole input.
+        kept: int32 [kept], indices into `ids` of the tokens whose residuals are wanted, rising.
+    """
+
+    ids: NDArray[np.int32]
+    kept: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides the numbers in a cache. Two caches of one identity hold one set of numbers.
+
+    `weights[L]` fingerprints what the numbers at layer L depend on: the embeddings and the first L
+    blocks. Caches of different depth therefore still compare, layer by layer. `model` and
+    `revision` say where the weights came from; they are told to the reader, never compared.
+    """
+
+    model: str
+    revision: str | None
+    weights: Mapping[int, str]
+    architecture: str
+    num_hidden_layers: int
+    hidden_size: int
+    dtype: str
+    quantization: str | None
+    adapter: str | None
+    attention: str
+    tokenizer: str
+    chat_template: str | None
+    system_prompt: str | None
+    data: str
+    token_ids: str
+    positions: str
+    special_tokens_kept: bool
+    layer_convention: str = LAYER_CONVENTION
+    versions: Mapping[str, str] = field(default_factory=dict)
