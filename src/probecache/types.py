@@ -5,13 +5,12 @@ Nothing here computes; nothing here imports beyond the standard library and NumP
 
 from __future__ import annotations
 
+from collections.abc import Mapping  # noqa: TC003  pydantic reads the annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from numpy.typing import NDArray
 

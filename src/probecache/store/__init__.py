@@ -1,0 +1,1 @@
+"""The files: what they are called, how they are written, committed and read back."""

@@ -1,0 +1,248 @@
+"""What a cache's files are called and what its manifests say.
+
+    CACHE/metadata.json                     one entry per example
+    CACHE/layer_info.json                   the manifest; its presence makes the folder a cache
+    CACHE/tokens.pt                         kept token ids, where an example keeps several tokens
+    CACHE/layer_<L>/<prefix>_activations.pt one file per layer and class, rows in data order
+
+Paths are always built here from numbers and checked prefixes, never taken from a file's content.
+Sizes are exact: `Blueprint` knows every byte of a cache before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from probecache.store.tensorfile import FileRecord, file_bytes
+from probecache.types import LAYER_CONVENTION, Dtype, Identity, Positions
+
+__all__ = [
+    "LAYER_INFO",
+    "METADATA",
+    "TOKENS",
+    "Blueprint",
+    "ClassRecord",
+    "ExampleRecord",
+    "LayerInfo",
+    "activations_path",
+    "class_prefixes",
+    "encode_json",
+]
+
+METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
+_GUIDE_PREFIXES = {"testing": "test", "deployment": "deploy"}
+_PREFIX = r"^[A-Za-z0-9_-]{1,64}$"
+_BLOCK = 4096
+# Room in the manifest for what is only known at the end: timing, versions, hashes.
+_MANIFEST_SLACK = 2048
+
+
+class ClassRecord(BaseModel):
+    """One class of a cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix: str = Field(pattern=_PREFIX)
+    examples: int = Field(ge=0)
+    rows: int = Field(ge=0)
+
+
+class ExampleRecord(BaseModel):
+    """One entry of metadata.json.
+
+    `rows` is [start, stop) in the class's activation files; `n_tokens` counts the tokens that
+    these rows stand for (1 for `last`), `input_tokens` what the model was fed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    idx: int = Field(ge=0)
+    id: str
+    group: str
+    label: str = Field(alias="class")
+    question: str
+    answer: str | None = None
+    category: str | None = None
+    rows: tuple[int, int]
+    n_tokens: int = Field(ge=1)
+    input_tokens: int = Field(ge=1)
+
+
+class LayerInfo(BaseModel):
+    """layer_info.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["probecache"] = "probecache"
+    format_version: Literal[1] = 1
+    layers: list[int]
+    num_examples: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    dtype: Dtype
+    positions: Positions
+    layer_convention: str = LAYER_CONVENTION
+    classes: dict[str, ClassRecord]
+    identity: Identity
+    created: str
+    timing: dict[str, float]
+    non_finite: dict[int, int] = Field(default_factory=dict)
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _files_are_as_declared(self) -> LayerInfo:
+        for layer in self.layers:
+            for record in self.classes.values():
+                name = activations_path(layer, record.prefix)
+                found = self.files.get(name)
+                if found is None:
+                    raise ValueError(f"the file {name} is declared by its layer but not recorded")
+                if found.shape != (record.rows, self.hidden_size) or found.dtype != self.dtype:
+                    raise ValueError(f"{name} is recorded as {found.shape} {found.dtype}")
+        return self
+
+
+def activations_path(layer: int, prefix: str) -> str:
+    """Relative path of one layer's and one class's rows."""
+    return f"layer_{layer}/{prefix}_activations.pt"
+
+
+def class_prefixes(labels: tuple[str, ...]) -> dict[str, str]:
+    """A file prefix for every class: the guide's words, else the label made safe and unique."""
+    prefixes: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in labels:
+        safe = re.sub(r"[^A-Za-z0-9_-]+", "_", label)[:48].strip("_") or "class"
+        prefix = wanted = _GUIDE_PREFIXES.get(label, safe)
+        number = 2
+        while prefix.casefold() in taken:  # some file systems do not tell A from a
+            prefix, number = f"{wanted}_{number}", number + 1
+        taken.add(prefix.casefold())
+        prefixes[label] = prefix
+    return prefixes
+
+
+def encode_json(content: Any) -> bytes:
+    """Readable JSON in UTF-8, the same bytes for the same content."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A cache before it is filled: everything but the numbers and how long they took.
+
+    `examples` are in data order; `layers` are those to be written now.
+    """
+
+    layers: tuple[int, ...]
+    hidden_size: int
+    dtype: Dtype
+    positions: Positions
+    num_examples: int
+    classes: dict[str, ClassRecord]
+    examples: tuple[ExampleRecord, ...]
+
+    @cached_property
+    def keeps_tokens(self) -> bool:
+        """Whether the cache has a tokens.pt."""
+        return not self.positions.one_row
+
+    @property
+    def rows(self) -> int:
+        """Rows of one layer, over all classes."""
+        return sum(record.rows for record in self.classes.values())
+
+    @property
+    def bytes_per_layer(self) -> int:
+        """Exact bytes of one layer's files."""
+        return sum(
+            file_bytes((record.rows, self.hidden_size), str(self.dtype))
+            for record in self.classes.values()
+        )
+
+    @cached_property
+    def metadata(self) -> bytes:
+        """Content of metadata.json."""
+        entries = [
+            record.model_dump(by_alias=True, exclude_none=True, mode="json")
+            for record in self.examples
+        ]
+        return encode_json(entries)
+
+    def tokens_bytes(self) -> int:
+        """Exact bytes of tokens.pt; 0 where there is none."""
+        return file_bytes((self.rows,), "int32") if self.keeps_tokens else 0
+
+    def manifest_bytes(self, identity: Identity) -> int:
+        """Exact bytes of layer_info.json, which is padded to whole disk blocks."""
+        draft = self.manifest(
+            identity,
+            created="",
+            timing={},
+            non_finite={},
+            hashes=dict.fromkeys(self.files(), "0" * 64),
+        )
+        size = len(encode_json(draft.model_dump(mode="json"))) + _MANIFEST_SLACK
+        return -(-size // _BLOCK) * _BLOCK
+
+    def total_bytes(self, identity: Identity) -> int:
+        """Exact bytes of the whole cache."""
+        return (
+            self.bytes_per_layer * len(self.layers)
+            + self.tokens_bytes()
+            + len(self.metadata)
+            + self.manifest_bytes(identity)
+        )
+
+    def files(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Relative path to shape and dtype, of every tensor file."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {
+            activations_path(layer, record.prefix): (
+                (record.rows, self.hidden_size),
+                str(self.dtype),
+            )
+            for layer in self.layers
+            for record in self.classes.values()
+        }
+        if self.keeps_tokens:
+            found[TOKENS] = ((self.rows,), "int32")
+        return found
+
+    def manifest(
+        self,
+        identity: Identity,
+        *,
+        created: str,
+        timing: dict[str, float],
+        non_finite: dict[int, int],
+        hashes: dict[str, str],
+        offsets: dict[str, int] | None = None,
+    ) -> LayerInfo:
+        """layer_info.json as a checked object."""
+        return LayerInfo(
+            layers=list(self.layers),
+            num_examples=self.num_examples,
+            hidden_size=self.hidden_size,
+            dtype=self.dtype,
+            positions=self.positions,
+            classes=self.classes,
+            identity=identity,
+            created=created,
+            timing=timing,
+            non_finite=non_finite,
+            files={
+                name: FileRecord(
+                    bytes=file_bytes(shape, dtype),
+                    offset=(offsets or {}).get(name, 0),
+                    shape=shape,
+                    dtype=dtype,
+                    sha256=hashes[name],
+                )
+                for name, (shape, dtype) in self.files().items()
+            },
+        )

@@ -1,0 +1,198 @@
+"""Open a finished cache and read its rows, memory-mapped.
+
+Guarantee: a folder is accepted only with a manifest that was committed and files of the recorded
+sizes. Opening reads two JSON files and maps nothing; rows are paged in as they are touched. Content
+hashes are not checked here, that costs a read of everything.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from probecache.errors import LayerNotCachedError, StoreError, UsageError
+from probecache.store.layout import (
+    LAYER_INFO,
+    METADATA,
+    TOKENS,
+    ExampleRecord,
+    LayerInfo,
+    activations_path,
+)
+from probecache.store.tensorfile import as_float32, as_tensor, map_raw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import torch
+
+    from probecache.types import Identity
+
+__all__ = ["Cache", "open_cache", "read_manifest"]
+
+_Model = TypeVar("_Model", bound=BaseModel)
+# Rows are turned into float32 this many bytes at a time, whatever the cache's size.
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache. `cache["testing", 20]` or `cache["test", 20]` is a torch tensor."""
+
+    path: Path
+    info: LayerInfo
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Cached layers, rising."""
+        return tuple(self.info.layers)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class labels in data order."""
+        return tuple(self.info.classes)
+
+    @property
+    def identity(self) -> Identity:
+        """All that decides the numbers."""
+        return self.info.identity
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a row."""
+        return self.info.hidden_size
+
+    @cached_property
+    def examples(self) -> tuple[ExampleRecord, ...]:
+        """Entries of metadata.json, in data order."""
+        records = _read_json(self.path / METADATA)
+        try:
+            examples = TypeAdapter(tuple[ExampleRecord, ...]).validate_python(records)
+        except ValidationError as error:
+            raise StoreError(_schema_message(self.path / METADATA, error)) from error
+        for record in examples:
+            found = self.info.classes.get(record.label)
+            if found is None or not 0 <= record.rows[0] < record.rows[1] <= found.rows:
+                raise StoreError(
+                    f"expected example {record.idx} of {self.path / METADATA} to lie within its "
+                    f"class's rows, got {record.label!r} {record.rows}; the cache is damaged"
+                )
+        return examples
+
+    def __getitem__(self, key: tuple[str, int]) -> torch.Tensor:
+        """Rows of a class at a layer: memory-mapped tensor [rows, hidden] of the cache's dtype.
+
+        The mapping is copy-on-write: changing the tensor never changes the file.
+
+        Raises:
+            LayerNotCachedError, UsageError: no such layer or class.
+        """
+        label, layer = key
+        return as_tensor(self._raw(label, layer), str(self.info.dtype))
+
+    def chunks(self, label: str, layer: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows of a class at a layer as float32 [rows, hidden], with the first row's number.
+
+        Bounded memory: at most 64 MB of rows at a time.
+        """
+        raw = self._raw(label, layer)
+        step = max(1, _CHUNK_BYTES // (4 * self.hidden_size))
+        for start in range(0, len(raw), step):
+            yield start, as_float32(raw[start : start + step], str(self.info.dtype))
+
+    def tokens(self, label: str) -> np.ndarray | None:
+        """Kept token ids of a class in row order, int32 [rows]; None where one row is kept."""
+        if TOKENS not in self.info.files:
+            return None
+        ids = map_raw(self.path / TOKENS, self.info.files[TOKENS])
+        start = 0
+        for name, record in self.info.classes.items():
+            if name == self._label(label):
+                return ids[start : start + record.rows]
+            start += record.rows
+        raise AssertionError("unreachable: _label refuses unknown classes")
+
+    def require_layer(self, layer: int) -> None:
+        """Raise LayerNotCachedError unless the cache holds the layer."""
+        if layer not in self.info.layers:
+            model, data = self.identity.model, "DATA"
+            raise LayerNotCachedError(
+                f"Layer {layer} not found in cache {self.path}: cached layers are "
+                f"{', '.join(map(str, self.layers))}; add it with: probecache extract "
+                f"--model {model} --data {data} --layers {layer} --output {self.path}"
+            )
+
+    def _raw(self, label: str, layer: int) -> np.ndarray:
+        self.require_layer(layer)
+        name = activations_path(layer, self.info.classes[self._label(label)].prefix)
+        return map_raw(self.path / name, self.info.files[name])
+
+    def _label(self, name: str) -> str:
+        for label, record in self.info.classes.items():
+            if name in (label, record.prefix):
+                return label
+        raise UsageError(f"expected one of the classes {', '.join(self.classes)}, got {name!r}")
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache for reading.
+
+    Raises:
+        StoreError: not a cache, unfinished, or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise StoreError(f"expected a cache folder at {path}, got nothing there; check --cache")
+    if not (path / LAYER_INFO).is_file():
+        raise StoreError(
+            f"expected {LAYER_INFO} in {path}, got none: not a cache, or one whose extraction did "
+            "not finish; run probecache extract"
+        )
+    cache = Cache(path, read_manifest(path / LAYER_INFO, LayerInfo))
+    for name, record in cache.info.files.items():
+        if name != TOKENS and name not in _declared(cache.info):
+            raise StoreError(f"expected only declared files in {path / LAYER_INFO}, got {name!r}")
+        map_raw(path / name, record)
+    return cache
+
+
+def _declared(info: LayerInfo) -> set[str]:
+    return {
+        activations_path(layer, record.prefix)
+        for layer in info.layers
+        for record in info.classes.values()
+    }
+
+
+def read_manifest(path: Path, schema: type[_Model]) -> _Model:
+    """Read and check a manifest.
+
+    Raises:
+        StoreError: missing, not JSON, or not of the schema.
+    """
+    content = _read_json(path)
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise StoreError(_schema_message(path, error)) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"expected JSON in {path}, got: {error}; the file is damaged") from error
+
+
+def _schema_message(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the whole"
+    return f"expected {path} as probecache writes it, got at {place}: {first['msg']}"

@@ -1,0 +1,208 @@
+"""Run folders: directions trained from one cache, in a form that explains itself when copied.
+
+    RUN/vectors/layer_<L>.pt              raw, [hidden], float32
+    RUN/normalized_vectors/layer_<L>.pt   unit norm, [hidden], float32
+    RUN/{vectors,normalized_vectors}/vectors.json
+    RUN/run.json
+
+Guarantee: a run is committed by one rename; loading checks every file's size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from probecache.atomic import commit_folder, disk_errors_named, sha256_of_file, temporary_sibling
+from probecache.errors import StoreError
+from probecache.store.layout import encode_json
+from probecache.store.reader import read_manifest
+from probecache.store.tensorfile import FileRecord, data_offset, map_raw
+from probecache.types import LAYER_CONVENTION, Identity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+__all__ = ["LayerRecord", "RunLayer", "SavedVectors", "VectorsInfo", "load_vectors", "save_run"]
+
+_MANIFEST = "vectors.json"
+
+
+class LayerRecord(BaseModel):
+    """What is known of one layer's vector.
+
+    `threshold` is in the units of a score with the vectors of the same folder; `raw_norm` is the
+    norm before normalising; `typical_norm` the median norm of a row the vector was trained on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    raw_norm: float = Field(gt=0)
+    threshold: float
+    typical_norm: float = Field(ge=0)
+    n_positive: int = Field(ge=1)
+    n_negative: int = Field(ge=1)
+    file: FileRecord
+
+
+class VectorsInfo(BaseModel):
+    """vectors.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["probecache-vectors"] = "probecache-vectors"
+    format_version: Literal[1] = 1
+    normalized: bool
+    method: str
+    positive_class: str
+    negative_class: str
+    layer_convention: str = LAYER_CONVENTION
+    hidden_size: int = Field(ge=1)
+    layers: dict[int, LayerRecord] = Field(min_length=1)
+    source_cache: str
+    source_cache_sha256: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class SavedVectors:
+    """Vectors of one folder: `vectors[20]` is a float32 torch tensor [hidden]."""
+
+    path: Path
+    info: VectorsInfo
+    directions: Mapping[int, np.ndarray]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers, rising."""
+        return tuple(sorted(self.directions))
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.directions[layer].copy())
+
+
+def load_vectors(path: str | Path) -> SavedVectors:
+    """Load `normalized_vectors/` or `vectors/` of a run; a run's own folder means the normalised.
+
+    Raises:
+        StoreError: not such a folder, or a damaged one.
+    """
+    path = Path(path)
+    if not (path / _MANIFEST).is_file() and (path / "normalized_vectors" / _MANIFEST).is_file():
+        path = path / "normalized_vectors"
+    if not (path / _MANIFEST).is_file():
+        raise StoreError(
+            f"expected {_MANIFEST} in {path}, got none; point --vectors at RUN/normalized_vectors "
+            "as written by probecache train"
+        )
+    info = read_manifest(path / _MANIFEST, VectorsInfo)
+    directions = {layer: _load(path, layer, info) for layer in sorted(info.layers)}
+    return SavedVectors(path, info, directions)
+
+
+def _load(path: Path, layer: int, info: VectorsInfo) -> np.ndarray:
+    record, file = info.layers[layer].file, path / f"layer_{layer}.pt"
+    if record.shape != (info.hidden_size,) or record.dtype != "float32":
+        raise StoreError(
+            f"expected {path / _MANIFEST} to record float32 [{info.hidden_size}] for layer {layer},"
+            f" got {record.dtype} {list(record.shape)}"
+        )
+    direction = map_raw(file, record)
+    if sha256_of_file(file) != record.sha256:
+        raise StoreError(f"expected {file} as it was written, got other content; train again")
+    return direction
+
+
+@dataclass(frozen=True)
+class RunLayer:
+    """One layer of a run to be saved: unit direction, float32 [hidden], and what is known of it."""
+
+    direction: np.ndarray
+    raw_norm: float
+    threshold: float
+    typical_norm: float
+    n_positive: int
+    n_negative: int
+
+
+def save_run(output: str | Path, layers: Mapping[int, RunLayer], about: dict[str, Any]) -> Path:
+    """Write `<output>_<YYYYmmdd_HHMMSS>/` and commit it by rename.
+
+    Args:
+        output: path of the run without its time stamp.
+        layers: what to save.
+        about: the fields of `VectorsInfo` that all layers share.
+
+    Returns:
+        The run's folder.
+    """
+    final = _free_name(Path(output))
+    with disk_errors_named(final), temporary_sibling(final) as folder:
+        for name, normalized in (("vectors", False), ("normalized_vectors", True)):
+            _save_vectors(folder / name, layers, about, normalized)
+        info = read_manifest(folder / "normalized_vectors" / _MANIFEST, VectorsInfo)
+        summary = info.model_dump(mode="json", exclude={"normalized", "format", "format_version"})
+        (folder / "run.json").write_bytes(
+            encode_json({"format": "probecache-run", "format_version": 1, **summary})
+        )
+        commit_folder(folder, final)
+    return final
+
+
+def _free_name(output: Path) -> Path:
+    """The first whole second whose name is free: two runs within one second get two names."""
+    while True:
+        final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
+        if not final.exists():
+            return final
+        time.sleep(0.1)
+
+
+def _save_vectors(
+    folder: Path, layers: Mapping[int, RunLayer], about: dict[str, Any], normalized: bool
+) -> None:
+    folder.mkdir()
+    records = {}
+    for layer, run_layer in sorted(layers.items()):
+        scale = 1.0 if normalized else run_layer.raw_norm
+        direction = (run_layer.direction.astype(np.float64) * scale).astype(np.float32)
+        records[layer] = LayerRecord(
+            raw_norm=run_layer.raw_norm,
+            threshold=run_layer.threshold * scale,
+            typical_norm=run_layer.typical_norm,
+            n_positive=run_layer.n_positive,
+            n_negative=run_layer.n_negative,
+            file=_save_tensor(folder / f"layer_{layer}.pt", direction),
+        )
+    info = VectorsInfo.model_validate({**about, "normalized": normalized, "layers": records})
+    (folder / _MANIFEST).write_bytes(encode_json(info.model_dump(mode="json")))
+
+
+def _save_tensor(path: Path, vector: np.ndarray) -> FileRecord:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(vector), buffer)
+    content = buffer.getvalue()
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        offset = data_offset(file)
+    return FileRecord(
+        bytes=len(content),
+        offset=offset,
+        shape=vector.shape,
+        dtype="float32",
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
