@@ -1,0 +1,44 @@
+"""Figures and the HTML report of a saved validation.
+
+Guarantees: reads saved results only, never a model, a cache or vectors; the same results give the
+same bytes; every file appears whole or not at all, and nothing is written unless all of it could
+be drawn. Does not recompute what the summary states: it refuses a summary that its scores deny.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from probecache.atomic import disk_errors_named, write_bytes
+from probecache.report.html import render_page
+from probecache.report.plots import draw_figures
+from probecache.report.saved import read_validation
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Draw a validation folder's figures and its `report.html`.
+
+    Args:
+        folder: holds `summary.json` and one `probe_stats_layer<N>.csv` per layer.
+
+    Returns:
+        The files written: `visualizations/{roc_curves,auroc_by_layer,score_distributions}`, each
+        as .png and .svg, then `report.html`. Older ones are replaced.
+
+    Raises:
+        StoreError: a saved file is missing, malformed, or disagrees with the others.
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    validation = read_validation(folder)
+    figures = draw_figures(validation)
+    page = render_page(validation, figures)
+    contents = {folder / "visualizations" / name: data for name, data in figures.items()}
+    contents[folder / "report.html"] = page.encode("utf-8")
+    with disk_errors_named(folder):
+        (folder / "visualizations").mkdir(exist_ok=True)
+        for path, data in contents.items():
+            write_bytes(path, data)
+    return list(contents)

@@ -1,0 +1,372 @@
+"""The figures of a validation: ROC curves, AUROC by layer, score distributions.
+
+Guarantees: the same results give the same bytes; each class has one colour in every figure; one
+layer or a hundred stay readable; no text is read as mathematics. Draws through matplotlib's
+objects, never pyplot, which costs 0.4 s to import and keeps figures alive. Does not supply fonts: a
+script that DejaVu Sans lacks shows as boxes in the PNG, and as itself in the SVG and the report.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from probecache.metrics import roc_curve
+from probecache.report.saved import LayerResult, LayerScores, Validation, shown
+
+__all__ = ["THEMED", "draw_figures", "panel_layers"]
+
+Floats = NDArray[np.float64]
+
+INK, MUTED, GRID, SURFACE = "#20242b", "#68707c", "#e2e5ea", "#fefefe"
+# Okabe and Ito's vermilion and blue: apart in all common forms of colour blindness and in print.
+POSITIVE, NEGATIVE, ACCENT = "#d55e00", "#0072b2", "#5b4bb5"
+# Violet, teal, amber: ordered along blue to yellow, and dark enough on white, light enough on black.
+LAYERS = LinearSegmentedColormap.from_list("layers", ["#6a5acd", "#1b998b", "#d69a1e"], N=64)
+# What the report may recolour for a dark page.
+THEMED = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    SURFACE: "var(--surface)",
+    POSITIVE: "var(--positive)",
+    NEGATIVE: "var(--negative)",
+    ACCENT: "var(--accent)",
+}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": SURFACE,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "figure.facecolor": SURFACE,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "probecache",
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$x^2$"
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+}
+METADATA = {
+    "png": {"Software": "probecache"},
+    "svg": {"Creator": "probecache", "Date": None},
+}
+DPI = 130
+MOST_LEGEND_ENTRIES = 10
+MOST_PANELS = 12
+MOST_ERROR_BARS = 30
+MOST_CURVE_POINTS = 400
+
+
+def draw_figures(validation: Validation) -> dict[str, bytes]:
+    """Draw every figure as PNG and SVG; keys are file names such as `roc_curves.png`."""
+    with _style():
+        figures = {
+            "roc_curves": _roc_curves(validation),
+            "auroc_by_layer": _auroc_by_layer(validation),
+            "score_distributions": _score_distributions(validation),
+        }
+        return {
+            f"{name}.{kind}": _rendered(figure, kind)
+            for name, figure in figures.items()
+            for kind in ("png", "svg")
+        }
+
+
+def panel_layers(layers: list[int], best: int, most: int = MOST_PANELS) -> list[int]:
+    """At most `most` layers, evenly spread over all of them, the best always among them."""
+    if len(layers) <= most:
+        return layers
+    places = np.linspace(0, len(layers) - 1, most).round().astype(int)
+    best_place = layers.index(best)
+    places[np.abs(places - best_place).argmin()] = best_place
+    return [layers[place] for place in places]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")
+        yield
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=METADATA[kind])
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, margins: tuple[float, float, float, float]) -> Figure:
+    """A figure whose margins (left, right, bottom, top) are inches, as constrained layout is slow."""
+    left, right, bottom, top = margins
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+    )
+    return figure
+
+
+# ROC curves
+
+
+def _roc_curves(validation: Validation) -> Figure:
+    many = len(validation.results) > MOST_LEGEND_ENTRIES
+    figure = _figure(5.2, 4.7, (0.65, 0.95 if many else 0.2, 0.65, 0.45))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    colours = _layer_colours(list(validation.results))
+    for layer, result in validation.results.items():
+        _roc_line(axes, validation, result, colours.to_rgba(layer))
+    axes.set_title(f"ROC curves, {_name(validation.positive_class)} as positive")
+    axes.set_xlabel("false positive rate")
+    axes.set_ylabel("true positive rate")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=TICKS, yticks=TICKS)
+    if many:
+        _layer_bar(figure, axes, colours)
+    axes.legend(loc=_free_corner(validation), handlelength=1.6, labelspacing=0.35)
+    return figure
+
+
+TICKS = (0, 0.25, 0.5, 0.75, 1)
+
+
+def _roc_line(axes: Any, validation: Validation, result: LayerResult, colour: Any) -> None:
+    scores = validation.scores[result.layer]
+    chosen = result.layer == validation.best_layer
+    label = f"layer {result.layer}   {result.auroc:.3f}" + ("  best" if chosen else "")
+    labelled = chosen or len(validation.results) <= MOST_LEGEND_ENTRIES
+    axes.plot(
+        *_thinned(*roc_curve(scores.scores, scores.is_positive)),
+        color=INK if chosen else colour,
+        linewidth=2.4 if chosen else 1.3,
+        zorder=4 if chosen else 3,
+        solid_joinstyle="round",
+        label=label if labelled else "_hidden",
+    )
+
+
+def _thinned(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
+    """The corners of the curve, and of very many corners an even choice: nobody sees more."""
+    cross = np.diff(fpr)[:-1] * np.diff(tpr)[1:] - np.diff(fpr)[1:] * np.diff(tpr)[:-1]
+    corners = np.flatnonzero(np.concatenate([[True], np.abs(cross) > 1e-12, [True]]))
+    if corners.size > MOST_CURVE_POINTS:
+        kept = np.linspace(0, corners.size - 1, MOST_CURVE_POINTS).round().astype(int)
+        corners = corners[kept]
+    return fpr[corners], tpr[corners]
+
+
+def _layer_colours(layers: list[int]) -> ScalarMappable:
+    return ScalarMappable(Normalize(layers[0], max(layers[-1], layers[0] + 1)), LAYERS)
+
+
+def _layer_bar(figure: Figure, axes: Any, colours: ScalarMappable) -> None:
+    box = axes.get_position()
+    place = figure.add_axes((box.x1 + 0.035, box.y0, 0.022, box.height))
+    bar = figure.colorbar(colours, cax=place, ticks=MaxNLocator(6, integer=True))
+    bar.outline.set_visible(False)
+    bar.set_label("layer", color=INK)
+
+
+def _free_corner(validation: Validation) -> str:
+    """Curves bend away from the lower right, unless the sign of the scores is turned round."""
+    mean = np.mean([result.auroc for result in validation.results.values()])
+    return "lower right" if mean >= 0.5 else "upper left"
+
+
+# AUROC by layer
+
+
+def _auroc_by_layer(validation: Validation) -> Figure:
+    figure = _figure(5.2, 4.7, (0.65, 0.2, 0.65, 0.45))
+    axes = figure.subplots()
+    results = list(validation.results.values())
+    axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    _intervals(axes, results)
+    _mark_best(axes, validation.best)
+    lowest = min(0.5, *(result.auroc_low for result in results))
+    axes.set_ylim(max(-0.01, lowest - 0.05), 1.01)
+    _layer_axis(axes, [result.layer for result in results])
+    _chance_label(axes)
+    axes.set_ylabel("AUROC (0.5 = chance)")
+    axes.set_title("AUROC by layer, 95% interval")
+    return figure
+
+
+def _intervals(axes: Any, results: list[LayerResult]) -> None:
+    layers = [result.layer for result in results]
+    areas = [result.auroc for result in results]
+    lows = [result.auroc_low for result in results]
+    highs = [result.auroc_high for result in results]
+    few = len(results) <= MOST_ERROR_BARS
+    if few:
+        axes.vlines(layers, lows, highs, color=ACCENT, linewidth=1.6, alpha=0.55)
+    else:
+        axes.fill_between(layers, lows, highs, color=ACCENT, alpha=0.2, linewidth=0)
+    size = 4.5 if few else 2.5
+    axes.plot(layers, areas, color=ACCENT, linewidth=1.4, marker="o", markersize=size)
+
+
+def _mark_best(axes: Any, best: LayerResult) -> None:
+    axes.plot(
+        [best.layer],
+        [best.auroc],
+        linestyle="none",
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        markeredgecolor=INK,
+        markeredgewidth=1.6,
+        label=f"best: layer {best.layer}, {best.auroc:.3f} "
+        f"[{best.auroc_low:.3f}, {best.auroc_high:.3f}]",
+    )
+    # Below the axis line of the title there is no corner that no curve can reach.
+    axes.legend(loc="lower center", handletextpad=0.3)
+
+
+def _layer_axis(axes: Any, layers: list[int]) -> None:
+    pad = max(0.6, 0.03 * (layers[-1] - layers[0]))
+    axes.set_xlim(layers[0] - pad, layers[-1] + pad)
+    axes.set_xlabel("layer (0 = embeddings)")
+    if len(layers) <= 12 and _apart(layers):
+        axes.set_xticks(layers)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+
+
+def _apart(layers: list[int]) -> bool:
+    """Whether tick labels at every layer would not touch: 18 fit side by side."""
+    gaps = np.diff(layers)
+    return not gaps.size or bool(gaps.min() >= (layers[-1] - layers[0]) / 18)
+
+
+def _chance_label(axes: Any) -> None:
+    left, right = axes.get_xlim()
+    axes.text(right, 0.505, "chance", color=MUTED, ha="right", va="bottom", fontsize=8.5)
+
+
+# Score distributions
+
+
+def _score_distributions(validation: Validation) -> Figure:
+    layers = panel_layers(list(validation.results), validation.best_layer)
+    columns = min(3, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    width, height = (5.2 if columns == 1 else 7.4), 1.15 + (2.9 if columns == 1 else 1.75) * rows
+    figure = _figure(width, height, (0.6, 0.15, 0.6, 0.8))
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"hspace": 0.55}).ravel()
+    for axes, layer in zip(grid, layers, strict=False):
+        _score_panel(axes, validation.results[layer], validation.scores[layer])
+        _panel_title(axes, validation.results[layer], layer == validation.best_layer)
+    for axes in grid[len(layers) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel("prompts")
+    _class_legend(figure, validation)
+    label = f"projection on the unit direction; higher = {_name(validation.positive_class)}"
+    figure.text(0.5, 0.15 / height, label, ha="center", va="bottom")
+    return figure
+
+
+def _score_panel(axes: Any, result: LayerResult, layer: LayerScores) -> None:
+    exponent = _exponent(layer.scores)
+    # In two steps, since 10.0 ** -308 exists and 10.0 ** 308 times a score may not.
+    scores = layer.scores / 10.0**exponent
+    edges = _bin_edges(scores, min(result.n_positive, result.n_negative))
+    for positive, colour in ((False, NEGATIVE), (True, POSITIVE)):
+        counts, _ = np.histogram(scores[layer.is_positive == positive], edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
+        axes.stairs(counts, edges, color=colour, linewidth=1.3)
+    axes.set_xlim(edges[0], edges[-1])
+    if result.threshold is not None:
+        _threshold_line(axes, result.threshold / 10.0**exponent)
+    axes.grid(visible=False, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+    axes.tick_params(labelsize=8.5)
+    if exponent:
+        axes.text(1, 1, f"x 1e{exponent}", transform=axes.transAxes, ha="right", va="top",
+                  color=MUTED, fontsize=8)  # fmt: skip
+
+
+def _exponent(scores: Floats) -> int:
+    """The power of ten to take out of the axis, 0 for scores of a usual size."""
+    largest = float(np.abs(scores).max())
+    if largest == 0 or 1e-3 <= largest < 1e4:
+        return 0
+    return max(-300, math.floor(math.log10(largest)))
+
+
+def _bin_edges(scores: Floats, smaller_class: int) -> Floats:
+    low, high = float(scores.min()), float(scores.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) / 2 or 1.0
+        low, high = low - room, high + room
+    bins = min(28, max(9, round(2.2 * math.sqrt(smaller_class))))
+    return np.linspace(low, high, bins + 1)
+
+
+def _threshold_line(axes: Any, threshold: float) -> None:
+    """The training threshold, or a note where it lies far from every score."""
+    low, high = axes.get_xlim()
+    if low - (high - low) <= threshold <= high + (high - low):
+        axes.axvline(threshold, color=INK, linewidth=1.1, linestyle=(0, (3, 2)))
+        room = 0.03 * (high - low)
+        axes.set_xlim(min(low, threshold - room), max(high, threshold + room))
+        return
+    side, text = (0.0, "← threshold") if threshold < low else (1.0, "threshold →")
+    axes.text(side, 0.88, text, transform=axes.transAxes, fontsize=8, color=INK,
+              ha="right" if side else "left", va="top")  # fmt: skip
+
+
+def _panel_title(axes: Any, result: LayerResult, best: bool) -> None:
+    title = f"layer {result.layer}   {result.auroc:.3f}" + ("   best" if best else "")
+    axes.set_title(title, fontsize=9.5, fontweight="bold" if best else "normal", pad=4)
+
+
+def _class_legend(figure: Figure, validation: Validation) -> None:
+    width, height = figure.get_size_inches()
+    handles = [
+        Patch(color=NEGATIVE, label=_name(validation.negative_class)),
+        Patch(color=POSITIVE, label=_name(validation.positive_class)),
+    ]
+    figure.text(0.6 / width, 1 - 0.1 / height, "Scores by layer, with AUROC; dashed = training "
+                "threshold", va="top", fontsize=10)  # fmt: skip
+    figure.legend(handles=handles, loc="upper left", ncols=2, borderaxespad=0, borderpad=0,
+                  bbox_to_anchor=(0.6 / width, 1 - 0.33 / height))  # fmt: skip
+
+
+def _name(label: str) -> str:
+    """A class's name as it fits beside an axis."""
+    return shown(label, 28)

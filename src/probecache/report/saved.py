@@ -1,0 +1,298 @@
+"""Saved validation results, read back and checked.
+
+Guarantees: a `Validation` has finite numbers, scores for every layer that the summary lists, and
+an AUROC in the summary that its own scores reproduce; anything else is a StoreError of one line.
+Does not check that the texts are sane: they may hold any character, and whoever shows them cleans
+them with `shown`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probecache.errors import FitError, StoreError
+from probecache.metrics import auroc
+
+__all__ = ["LayerResult", "LayerScores", "Validation", "read_validation", "shown"]
+
+FORMAT, FORMAT_VERSION = "probecache-validation", 1
+FACTS = (
+    "model",
+    "dtype",
+    "data",
+    "cache",
+    "vectors",
+    "method",
+    "positions",
+    "layer_convention",
+    "created",
+)
+AGAIN = "run `probecache validate` again"
+# The report shows three digits, so half of the last one is a difference that a reader could see.
+AUROC_TOLERANCE = 5e-4
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's line of the summary. Means and threshold are in the scores' unit."""
+
+    layer: int
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    n_positive: int
+    n_negative: int
+    mean_positive: float
+    mean_negative: float
+    threshold: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One layer's examples, in the order of its file; all of length n."""
+
+    questions: tuple[str, ...]
+    classes: tuple[str, ...]
+    scores: NDArray[np.float64]
+    is_positive: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation folder: what was run on what, and what came out.
+
+    `facts` maps each of `FACTS` to its text, or None where it does not apply. `results` and
+    `scores` hold the same layers, in ascending order.
+    """
+
+    folder: Path
+    positive_class: str
+    negative_class: str
+    facts: dict[str, str | None]
+    class_sizes: dict[str, int]
+    warnings: tuple[str, ...]
+    best_layer: int
+    results: dict[int, LayerResult]
+    scores: dict[int, LayerScores]
+
+    @property
+    def best(self) -> LayerResult:
+        return self.results[self.best_layer]
+
+
+def shown(text: str, limit: int = 240) -> str:
+    """Text on one line, without control characters and lone surrogates, cut to `limit`."""
+    # Only the head is looked at: a prompt may be a whole document.
+    head = "".join(_visible(c) for c in text[: 4 * limit])
+    line = " ".join(head.split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def read_validation(folder: Path) -> Validation:
+    """Read `summary.json` and every layer's scores.
+
+    Raises:
+        StoreError: a file is missing or malformed, or summary and scores disagree.
+    """
+    path = folder / "summary.json"
+    summary = _read_json(path)
+    with _malformed(path):
+        _check_format(summary)
+        results = _layer_results(summary["layers"])
+        best_layer = _member(summary["best_layer"], results)
+        positive_class = _text(summary["positive_class"])
+        negative_class = _text(summary["negative_class"])
+        facts = {name: _optional_text(summary.get(name)) for name in FACTS}
+        sizes = {_text(name): _count(size) for name, size in summary["classes"].items()}
+        warnings = tuple(_text(warning) for warning in summary["warnings"])
+    return Validation(
+        folder=folder,
+        positive_class=positive_class,
+        negative_class=negative_class,
+        facts=facts,
+        class_sizes=sizes,
+        warnings=warnings,
+        best_layer=best_layer,
+        results=results,
+        scores={
+            n: _checked_scores(folder, result, positive_class) for n, result in results.items()
+        },
+    )
+
+
+def _visible(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return " "
+    return "\N{REPLACEMENT CHARACTER}" if category == "Cs" else character
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(
+            f"expected a validation folder with summary.json, found none in {path.parent}; "
+            "name a folder that `probecache validate` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"expected JSON in {path}, got: {error}; {AGAIN}") from error
+
+
+@contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """Name the file when a value inside it is missing or of the wrong kind."""
+    try:
+        yield
+    except KeyError as error:
+        raise StoreError(f"expected {error} in {path}, found none; {AGAIN}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, csv.Error, FitError) as error:
+        raise StoreError(f"malformed {path}: {error}; {AGAIN}") from error
+
+
+def _check_format(summary: Any) -> None:
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise ValueError(f'expected an object with "format": "{FORMAT}"')
+    if summary["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"expected format_version {FORMAT_VERSION}, got {summary['format_version']!r}, "
+            "written by another version of probecache"
+        )
+
+
+def _layer_results(rows: Any) -> dict[int, LayerResult]:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("expected a list of at least one layer")
+    results = [_layer_result(row) for row in rows]
+    by_layer = {result.layer: result for result in sorted(results, key=lambda r: r.layer)}
+    if len(by_layer) < len(results):
+        raise ValueError("expected every layer once, got one twice")
+    return by_layer
+
+
+def _layer_result(row: Any) -> LayerResult:
+    return LayerResult(
+        layer=_count(row["layer"]),
+        auroc=_number(row["auroc"]),
+        auroc_low=_number(row["auroc_low"]),
+        auroc_high=_number(row["auroc_high"]),
+        n_positive=_count(row["n_positive"]),
+        n_negative=_count(row["n_negative"]),
+        mean_positive=_number(row["mean_positive"]),
+        mean_negative=_number(row["mean_negative"]),
+        threshold=_optional_number(row.get("threshold")),
+        accuracy=_optional_number(row.get("accuracy")),
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {shown(repr(value), 60)}")
+    return float(value)
+
+
+def _optional_number(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"expected a whole number from 0, got {shown(repr(value), 60)}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, got {shown(repr(value), 60)}")
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _member(layer: Any, results: dict[int, LayerResult]) -> int:
+    if layer not in results:
+        raise ValueError(f"expected best_layer to be one of {list(results)}, got {layer!r}")
+    return _count(layer)
+
+
+def _checked_scores(folder: Path, result: LayerResult, positive_class: str) -> LayerScores:
+    path = folder / f"probe_stats_layer{result.layer}.csv"
+    scores = _read_scores(path, positive_class)
+    with _malformed(path):
+        _check_against_summary(scores, result)
+    return scores
+
+
+def _read_scores(path: Path, positive_class: str) -> LayerScores:
+    try:
+        # Lone surrogates cannot be written as UTF-8; the reader must not fall over one either.
+        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as file:
+            with _malformed(path), _long_fields():
+                rows = csv.reader(file, strict=True)
+                columns = _columns(next(rows, []))
+                table = [[row[i] for i in columns] for row in rows]
+    except OSError as error:
+        raise StoreError(f"expected scores in {path}, got: {error.strerror}; {AGAIN}") from error
+    return _layer_scores(path, table, positive_class)
+
+
+def _layer_scores(path: Path, table: list[list[str]], positive_class: str) -> LayerScores:
+    with _malformed(path):
+        questions, classes, numbers = zip(*table, strict=True) if table else ((), (), ())
+        scores = np.array([float(number) for number in numbers], dtype=np.float64)
+    return LayerScores(
+        questions=questions,
+        classes=classes,
+        scores=scores,
+        is_positive=np.array([name == positive_class for name in classes], dtype=np.bool_),
+    )
+
+
+def _columns(header: list[str]) -> list[int]:
+    wanted = ("question", "type", "mean_score")
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        got = shown(", ".join(header), 120) or "none"
+        raise ValueError(f"expected columns {', '.join(wanted)}, got {got}")
+    return [header.index(name) for name in wanted]
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lift csv's limit of 131,072 characters a field: a prompt may be a whole document."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_against_summary(scores: LayerScores, result: LayerResult) -> None:
+    n_positive = int(scores.is_positive.sum())
+    got = (n_positive, scores.scores.size - n_positive)
+    expected = (result.n_positive, result.n_negative)
+    if got != expected:
+        raise ValueError(
+            f"expected {expected[0]} positive and {expected[1]} other rows as in summary.json, "
+            f"got {got[0]} and {got[1]}"
+        )
+    area = auroc(scores.scores, scores.is_positive).auroc
+    if abs(area - result.auroc) > AUROC_TOLERANCE:
+        raise ValueError(
+            f"expected scores with the AUROC in summary.json, {result.auroc:.4f}, got {area:.4f}"
+        )
