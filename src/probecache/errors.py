@@ -38,6 +38,7 @@ __all__ = [
     "ShapeError",
     "StoreError",
     "UsageError",
+    "first_line",
 ]
 
 
@@ -103,3 +104,9 @@ class ShapeError(FitError):
 
 class EmptyClassError(FitError):
     """A class has no rows."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, cut to one line that fits into one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,581 @@
+"""Models: what they are, which of their weights are needed, where their blocks are.
+
+The sole home of knowledge about architectures and the sole importer of transformers. Two steps:
+
+    open_model(options) -> ModelSource    config and tokenizer; reads no weights
+    ModelSource.load(depth) -> LoadedModel  the embeddings and the first `depth` blocks
+
+Guarantees: a model is loaded from safetensors only, runs no code from its folder, and every weight
+that the wanted layers depend on came from the checkpoint. The LM head and deeper blocks are neither
+read nor run. Not covered: encoder-decoders, and models whose blocks are not one list of modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probecache.checkpoint import StoredTensor, hub_tensors, stored_tensors
+from probecache.errors import ModelError, UsageError, first_line
+from probecache.prompts import TokenizerFacts
+from probecache.types import Dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from probecache.prompts import Tokenizer
+
+__all__ = ["LoadedModel", "ModelOptions", "ModelSource", "open_model"]
+
+_SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+# Names under which architectures keep the list of their blocks.
+_BLOCK_LISTS = ("layers", "h", "layer", "blocks", "block")
+_NOT_TEXT = ("vision", "visual", "audio", "image", "speech")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, in which precision, where.
+
+    Attributes:
+        model: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        dtype: None stands for the checkpoint's own.
+        adapter: folder or hub id of a PEFT adapter.
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
+        device_map: "auto" spreads the blocks over all devices.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype | None = None
+    adapter: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+
+
+def open_model(options: ModelOptions) -> ModelSource:
+    """Read a model's config and tokenizer.
+
+    Raises:
+        ModelError: no such model, only pickled weights, or an architecture that does not fit.
+        UsageError: options that exclude one another.
+    """
+    if options.device and options.device_map:
+        raise UsageError("expected either --device or --device-map, got both; leave one out")
+    folder = _folder_of(options.model, options.revision, _SETTINGS_FILES)
+    quiet_transformers()
+    source = ModelSource(options, folder, _read_config(folder, options.model))
+    source.check_architecture()
+    source.check_weights()
+    return source
+
+
+# ---------------------------------------------------------------- source
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model before its weights are read."""
+
+    options: ModelOptions
+    folder: Path
+    config: Any
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The part of the config that describes the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def architecture(self) -> str:
+        """Model type, as the config names it."""
+        return str(self.config.model_type)
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        """As asked, or the checkpoint's own."""
+        if self.options.dtype is not None:
+            return self.options.dtype
+        declared = getattr(self.config, "dtype", None) or getattr(self.text_config, "dtype", None)
+        name = str(declared or self._stored_dtype()).removeprefix("torch.")
+        try:
+            return Dtype(name)
+        except ValueError:
+            raise ModelError(
+                f"expected {self.options.model} to be stored as {', '.join(Dtype)}, got {name}; "
+                "pass --dtype"
+            ) from None
+
+    @property
+    def quantization(self) -> str | None:
+        """The checkpoint's quantisation settings as text, or None."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        content = settings if isinstance(settings, dict) else settings.to_dict()
+        return json.dumps(content, sort_keys=True, default=str)
+
+    @cached_property
+    def facts(self) -> TokenizerFacts:
+        """What the model says of its input."""
+        context = getattr(self.text_config, "max_position_embeddings", None)
+        if context and "roberta" in self.architecture:
+            context -= self.text_config.pad_token_id + 1  # its positions start behind padding's
+        return TokenizerFacts(context_length=context, causal=self.causal)
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+
+        if getattr(self.config, "is_decoder", False):
+            return True
+        # BERT and its family have a causal head too, but are encoders unless the config says so.
+        kinds = {self.architecture, self.text_config.model_type}
+        if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
+            return False
+        return bool(kinds & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: the folder holds none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers raises many kinds for a missing tokenizer
+            raise ModelError(
+                f"expected a tokenizer in {self.options.model}, got: {first_line(error)}"
+            ) from error
+        return tokenizer
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and its rules, chat template apart."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            content = backend.to_str()
+        else:
+            content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)  # type: ignore[attr-defined]
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def adapter_folder(self) -> Path | None:
+        """The adapter's folder, fetched if it lies on the hub."""
+        if self.options.adapter is None:
+            return None
+        folder = _folder_of(self.options.adapter, None, [*_SETTINGS_FILES, "*.safetensors"])
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ModelError(
+                f"expected adapter_model.safetensors in {self.options.adapter}, got none; "
+                "save the adapter with safetensors"
+            )
+        return folder
+
+    @cached_property
+    def adapter_fingerprint(self) -> str | None:
+        """SHA-256 of the adapter's settings and weights."""
+        if self.adapter_folder is None:
+            return None
+        digest = hashlib.sha256()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            digest.update((self.adapter_folder / name).read_bytes())
+        return digest.hexdigest()
+
+    # -- checks
+
+    def check_architecture(self) -> None:
+        """Refuse what has no single stack of blocks."""
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"expected a causal language model or an encoder, got the encoder-decoder "
+                f"{self.architecture}; these are not supported"
+            )
+        for name in ("num_hidden_layers", "hidden_size"):
+            if not isinstance(getattr(self.text_config, name, None), int):
+                raise ModelError(
+                    f"expected the config of {self.options.model} to state {name}, got none; "
+                    f"the architecture {self.architecture} is not supported"
+                )
+
+    def check_weights(self) -> None:
+        """Refuse a folder without safetensors; what the hub has is seen when headers are read."""
+        if self._is_local and not list(self.folder.glob("*.safetensors")):
+            pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            got = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+            raise ModelError(
+                f"expected safetensors weights in {self.options.model}, got {got}; pickles can run "
+                "code: convert them with save_pretrained and use the result"
+            )
+
+    @property
+    def _is_local(self) -> bool:
+        return Path(self.options.model).is_dir()
+
+    # -- weights on disk
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint, from the headers of its files."""
+        if self._is_local:
+            tensors = stored_tensors(self.folder)
+        else:
+            tensors = hub_tensors(self.options.model, self.options.revision)
+        return {tensor.name: tensor for tensor in tensors}
+
+    def needed_tensors(self, depth: int) -> list[StoredTensor]:
+        """Tensors that loading the first `depth` blocks reads: no head, no deeper block."""
+        needed = []
+        for name, tensor in self.tensors.items():
+            block = self._block_of(name)
+            if block is None:
+                wanted = self._belongs_to_base(name)
+            else:
+                wanted = block < max(depth, 1)
+            if wanted:
+                needed.append(tensor)
+        return needed
+
+    def weight_bytes(self, depth: int) -> int:
+        """Bytes of weights that loading the first `depth` blocks reads."""
+        return sum(tensor.bytes for tensor in self.needed_tensors(depth))
+
+    def weights_fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
+        """For each layer, a hash of the embeddings and of all blocks below it.
+
+        Tensors up to 512 KB are hashed whole, larger ones at eight places of 64 KB each, together
+        with names, shapes and dtypes. Two trainings differ everywhere, so this tells them apart
+        without reading 140 GB a second time; a forged single weight it may miss.
+        """
+        by_block: dict[int, list[StoredTensor]] = {}
+        for tensor in self.needed_tensors(max(layers)):
+            block = self._block_of(tensor.name)
+            by_block.setdefault(-1 if block is None else block, []).append(tensor)
+        running, found = hashlib.sha256(), {}
+        for depth in range(max(layers) + 1):
+            for tensor in sorted(by_block.get(depth - 1, []), key=lambda t: t.name):
+                if depth or not _is_final_norm(tensor.name):
+                    running.update(tensor.sample())
+            if depth in layers:
+                found[depth] = running.hexdigest()
+        return found
+
+    def _stored_dtype(self) -> str:
+        words = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        largest = max(self.tensors.values(), key=lambda tensor: tensor.bytes)
+        return words.get(largest.dtype, largest.dtype)
+
+    @cached_property
+    def _base_names(self) -> tuple[str, set[str], str]:
+        """Prefix, children and path of the block list of the model without head, built on meta."""
+        import torch
+        from transformers import AutoModel
+
+        with torch.device("meta"):
+            model = AutoModel.from_config(_truncated(self.config, 1), trust_remote_code=False)
+        path, _ = find_blocks(model, 1)
+        children = {name for name, _ in model.named_children()}
+        children |= {name.split(".")[0] for name, _ in model.named_parameters()}
+        return model.base_model_prefix, children - {"pooler"}, path
+
+    def _relative(self, name: str) -> str:
+        prefix, children, _ = self._base_names
+        # A checkpoint saved with a head nests the model under its prefix; one saved without does not.
+        while (
+            name.split(".")[0] not in children
+            and "." in name
+            and name.split(".")[0]
+            in (
+                prefix,
+                "model",
+                "transformer",
+            )
+        ):
+            name = name.split(".", 1)[1]
+        return name
+
+    def _block_of(self, name: str) -> int | None:
+        path = self._base_names[2].rsplit(".", 1)[-1]
+        relative = self._relative(name)
+        if any(word in relative for word in _NOT_TEXT):
+            return None
+        match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.", relative)
+        return int(match[1]) if match else None
+
+    def _belongs_to_base(self, name: str) -> bool:
+        return self._relative(name).split(".")[0] in self._base_names[1]
+
+    # -- loading
+
+    def load(self, depth: int) -> LoadedModel:
+        """Load the embeddings and the first `depth` blocks (at least one) onto the device.
+
+        Raises:
+            ModelError: weights are missing, of other shapes, or the device is not there.
+        """
+        import torch
+        from transformers import AutoModel
+
+        folder = self.folder
+        if not self._is_local:
+            folder = _folder_of(
+                self.options.model, self.options.revision, [*_SETTINGS_FILES, "*.safetensors"]
+            )
+        device = self._device()
+        try:
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=_truncated(self.config, max(depth, 1)),
+                dtype=getattr(torch, self.dtype),
+                device_map=self.options.device_map or str(device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"expected room for the weights on {device}, got: {first_line(error)}; ask for "
+                "fewer layers or pass --device-map auto"
+            ) from error
+        except Exception as error:  # transformers raises many kinds; none should end in a traceback
+            raise ModelError(
+                f"expected to load {self.options.model}, got: {first_line(error)}"
+            ) from error
+        self._check_loaded(report)
+        model = self._with_adapter(model.eval())
+        return LoadedModel(model, max(depth, 1))
+
+    def _device(self) -> torch.device:
+        import torch
+
+        if self.options.device is not None:
+            name = self.options.device
+        elif torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ModelError(
+                f"expected the device {name} to be there, got: {first_line(error)}; pass --device"
+            ) from error
+        return device
+
+    def _check_loaded(self, report: dict[str, Any]) -> None:
+        # Transformers fills missing weights with noise and goes on; a probe of noise looks real.
+        missing = [name for name in report["missing_keys"] if "pooler" not in name]
+        wrong = [*missing, *map(str, report["mismatched_keys"])]
+        if wrong:
+            raise ModelError(
+                f"expected {self.options.model} to hold every weight of its config, but "
+                f"{len(wrong)} are missing or of another shape, first {sorted(wrong)[0]}; "
+                "download it again"
+            )
+
+    def _with_adapter(self, model: Any) -> Any:
+        if self.adapter_folder is None:
+            return model
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ModelError(
+                "expected the package peft for --adapter, got none; "
+                "install it with: pip install 'probecache[adapter]'"
+            ) from error
+        from transformers import AutoModelForCausalLM
+
+        try:
+            # Adapters are trained on the model with its head, so their weights bear its names. The
+            # head itself stays on meta: it is never run.
+            import torch
+
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+            setattr(shell, shell.base_model_prefix, model)
+            PeftModel.from_pretrained(shell, str(self.adapter_folder), is_trainable=False)
+        except Exception as error:  # peft raises many kinds for an adapter that does not fit
+            raise ModelError(
+                f"expected an adapter for this model in {self.options.adapter}, got: "
+                f"{first_line(error)}"
+            ) from error
+        return model.eval()
+
+
+# ---------------------------------------------------------------- loaded
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model cut behind its first `depth` blocks, without head."""
+
+    model: Any
+    depth: int
+
+    @cached_property
+    def blocks(self) -> Any:
+        """The blocks, as a list of modules."""
+        return find_blocks(self.model, self.depth)[1]
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that transformers chose."""
+        return str(getattr(self.model.config, "_attn_implementation", None))
+
+    @property
+    def pad_token_id(self) -> int:
+        """Some id to fill a batch with; the model's own, because RoBERTa counts positions by it."""
+        value = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return value if isinstance(value, int) and value >= 0 else 0
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **more: Any
+    ) -> Any:
+        """The model's own forward, without KV cache."""
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
+        )
+
+    def plain_hidden_states(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Residual stream of one prompt as Hugging Face itself hands it out, for comparison.
+
+        Args:
+            input_ids: [1, tokens].
+
+        Returns:
+            `depth` + 1 tensors [tokens, hidden]. The last is taken behind the last block, because
+            Hugging Face norms that entry in most models.
+        """
+        caught: list[Any] = []
+        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: caught.append(out))
+        try:
+            states = self.forward(input_ids, None, output_hidden_states=True).hidden_states
+        finally:
+            handle.remove()
+        return [state[0] for state in states[: self.depth]] + [hidden_of(caught[-1])[0]]
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The residual stream in what a block was given or returned: a tensor, or first of a tuple."""
+    tensor: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tensor
+
+
+def find_blocks(model: Any, depth: int) -> tuple[str, Any]:
+    """Path and list of a model's blocks.
+
+    Raises:
+        ModelError: no list of `depth` modules under a name that architectures use.
+    """
+    import torch
+
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == depth
+        and path.rsplit(".", 1)[-1] in _BLOCK_LISTS
+        and not any(word in path for word in _NOT_TEXT)
+    ]
+    if not found:
+        raise ModelError(
+            f"expected {type(model).__name__} to keep its {depth} blocks in one list, found none; "
+            "this architecture is not supported"
+        )
+    return min(found, key=lambda pair: pair[0].count("."))
+
+
+# ---------------------------------------------------------------- files and config
+
+
+def quiet_transformers() -> None:
+    """Drop reports on weights that were left out on purpose."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a folder that is no model
+        raise ModelError(
+            f"expected a Hugging Face model at {name}, got: {first_line(error)}"
+        ) from error
+
+
+def _truncated(config: Any, depth: int) -> Any:
+    """The config of the model's first `depth` blocks; lists with an entry per block are cut too."""
+    import copy
+
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    blocks = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == blocks and name != "architectures":
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    return config
+
+
+def _folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """A local folder as it is; a hub id as its snapshot, with the files of these patterns."""
+    path = Path(name)
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"expected --revision with a hub id only, got the folder {name}")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"expected a model folder or a hub id such as org/name at {name}, got "
+            f"{'a file' if path.exists() else 'nothing there'}; check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        raise ModelError(
+            f"expected a folder {name} or a hub id that can be reached, got: {first_line(error)}"
+        ) from error
+
+
+def _is_final_norm(name: str) -> bool:
+    """A final norm stands outside the blocks but decides nothing in the residual stream."""
+    return bool(re.search(r"(^|\.)(norm|ln_f|final_layer_norm|final_layernorm)\.", name))
