@@ -89,11 +89,12 @@ def _verdict(best: LayerResult) -> str:
 
 
 def _score(value: float | None) -> str:
-    """Three significant digits at least, no exponent for usual sizes, a real minus sign."""
+    """Three decimals for usual sizes, an exponent for others, a real minus sign in front."""
     if value is None:
         return "–"
-    text = f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1e4 else f"{value:.2e}"
-    return text.replace("-", "−")
+    usual = value == 0 or 5e-4 <= abs(value) < 1e4
+    size = f"{abs(value):.3f}" if usual else f"{abs(value):.2e}"
+    return f"−{size}" if value < 0 else size
 
 
 def _extremes(validation: Validation) -> tuple[list[Prompt], list[Prompt]]:
@@ -115,10 +116,9 @@ def _extremes(validation: Validation) -> tuple[list[Prompt], list[Prompt]]:
 
 def _files(validation: Validation, figures: dict[str, bytes]) -> list[str]:
     """Files beside the report, as links relative to it; the scores are linked from the table."""
-    tables = [
-        name for name in ("summary.json", "summary.csv") if (validation.folder / name).exists()
-    ]
-    return tables + [f"visualizations/{name}" for name in sorted(figures)]
+    tables = ["summary.json", "summary.csv"]
+    found = [name for name in tables if (validation.folder / name).exists()]
+    return found + [f"visualizations/{name}" for name in sorted(figures)]
 
 
 def _inlined(name: str, data: bytes) -> Markup:

@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 INK, MUTED, GRID, SURFACE = "#20242b", "#68707c", "#e2e5ea", "#fefefe"
 # Okabe and Ito's vermilion and blue: apart in all common forms of colour blindness and in print.
 POSITIVE, NEGATIVE, ACCENT = "#d55e00", "#0072b2", "#5b4bb5"
-# Violet, teal, amber: ordered along blue to yellow, and dark enough on white, light enough on black.
+# Violet, teal, amber: ordered from blue to yellow, and readable on white and on black alike.
 LAYERS = LinearSegmentedColormap.from_list("layers", ["#6a5acd", "#1b998b", "#d69a1e"], N=64)
 # What the report may recolour for a dark page.
 THEMED = {
@@ -80,6 +80,7 @@ METADATA = {
     "svg": {"Creator": "probecache", "Date": None},
 }
 DPI = 130
+TICKS = (0, 0.25, 0.5, 0.75, 1)
 MOST_LEGEND_ENTRIES = 10
 MOST_PANELS = 12
 MOST_ERROR_BARS = 30
@@ -126,7 +127,7 @@ def _rendered(figure: Figure, kind: str) -> bytes:
 
 
 def _figure(width: float, height: float, margins: tuple[float, float, float, float]) -> Figure:
-    """A figure whose margins (left, right, bottom, top) are inches, as constrained layout is slow."""
+    """A figure with margins (left, right, bottom, top) in inches; constrained layout is slow."""
     left, right, bottom, top = margins
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(
@@ -138,18 +139,24 @@ def _figure(width: float, height: float, margins: tuple[float, float, float, flo
     return figure
 
 
+def _heading(axes: Any, text: str) -> None:
+    """A title that leaves room for one line between itself and the axes."""
+    axes.set_title(text, pad=24)
+
+
 # ROC curves
 
 
 def _roc_curves(validation: Validation) -> Figure:
     many = len(validation.results) > MOST_LEGEND_ENTRIES
-    figure = _figure(5.2, 4.7, (0.65, 0.95 if many else 0.2, 0.65, 0.45))
+    figure = _figure(5.2, 4.7, (0.65, 0.95 if many else 0.2, 0.6, 0.75))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     colours = _layer_colours(list(validation.results))
     for layer, result in validation.results.items():
         _roc_line(axes, validation, result, colours.to_rgba(layer))
-    axes.set_title(f"ROC curves, {_name(validation.positive_class)} as positive")
+    _heading(axes, f"ROC curves, {_name(validation.positive_class)} as positive")
+    axes.text(0, 1.025, "heavy = best layer, dashed = chance", transform=axes.transAxes, fontsize=9)
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=TICKS, yticks=TICKS)
@@ -159,21 +166,18 @@ def _roc_curves(validation: Validation) -> Figure:
     return figure
 
 
-TICKS = (0, 0.25, 0.5, 0.75, 1)
-
-
 def _roc_line(axes: Any, validation: Validation, result: LayerResult, colour: Any) -> None:
     scores = validation.scores[result.layer]
     chosen = result.layer == validation.best_layer
-    label = f"layer {result.layer}   {result.auroc:.3f}" + ("  best" if chosen else "")
-    labelled = chosen or len(validation.results) <= MOST_LEGEND_ENTRIES
+    label = f"layer {result.layer} · {result.auroc:.3f}" + (" · best" if chosen else "")
+    few = len(validation.results) <= MOST_LEGEND_ENTRIES
     axes.plot(
         *_thinned(*roc_curve(scores.scores, scores.is_positive)),
         color=INK if chosen else colour,
-        linewidth=2.4 if chosen else 1.3,
+        linewidth=2.4 if chosen else 1.3 if few else 0.8,
         zorder=4 if chosen else 3,
         solid_joinstyle="round",
-        label=label if labelled else "_hidden",
+        label=label if chosen or few else "_hidden",
     )
 
 
@@ -209,18 +213,18 @@ def _free_corner(validation: Validation) -> str:
 
 
 def _auroc_by_layer(validation: Validation) -> Figure:
-    figure = _figure(5.2, 4.7, (0.65, 0.2, 0.65, 0.45))
+    figure = _figure(5.2, 4.7, (0.65, 0.2, 0.6, 0.75))
     axes = figure.subplots()
     results = list(validation.results.values())
     axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     _intervals(axes, results)
     _mark_best(axes, validation.best)
     lowest = min(0.5, *(result.auroc_low for result in results))
-    axes.set_ylim(max(-0.01, lowest - 0.05), 1.01)
+    axes.set_ylim(max(-0.03, lowest - 0.05), 1.03)
     _layer_axis(axes, [result.layer for result in results])
     _chance_label(axes)
     axes.set_ylabel("AUROC (0.5 = chance)")
-    axes.set_title("AUROC by layer, 95% interval")
+    _heading(axes, "AUROC by layer, 95% interval")
     return figure
 
 
@@ -251,8 +255,8 @@ def _mark_best(axes: Any, best: LayerResult) -> None:
         label=f"best: layer {best.layer}, {best.auroc:.3f} "
         f"[{best.auroc_low:.3f}, {best.auroc_high:.3f}]",
     )
-    # Below the axis line of the title there is no corner that no curve can reach.
-    axes.legend(loc="lower center", handletextpad=0.3)
+    # Above the axes: inside, no corner is out of every curve's reach.
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.985), handletextpad=0.3, borderpad=0.3)
 
 
 def _layer_axis(axes: Any, layers: list[int]) -> None:
@@ -272,8 +276,9 @@ def _apart(layers: list[int]) -> bool:
 
 
 def _chance_label(axes: Any) -> None:
-    left, right = axes.get_xlim()
-    axes.text(right, 0.505, "chance", color=MUTED, ha="right", va="bottom", fontsize=8.5)
+    axes.text(
+        axes.get_xlim()[1], 0.505, "chance", color=MUTED, ha="right", va="bottom", fontsize=8.5
+    )
 
 
 # Score distributions
@@ -301,7 +306,6 @@ def _score_distributions(validation: Validation) -> Figure:
 
 def _score_panel(axes: Any, result: LayerResult, layer: LayerScores) -> None:
     exponent = _exponent(layer.scores)
-    # In two steps, since 10.0 ** -308 exists and 10.0 ** 308 times a score may not.
     scores = layer.scores / 10.0**exponent
     edges = _bin_edges(scores, min(result.n_positive, result.n_negative))
     for positive, colour in ((False, NEGATIVE), (True, POSITIVE)):
@@ -316,7 +320,7 @@ def _score_panel(axes: Any, result: LayerResult, layer: LayerScores) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=8.5)
     if exponent:
-        axes.text(1, 1, f"x 1e{exponent}", transform=axes.transAxes, ha="right", va="top",
+        axes.text(1, 1, f"× 1e{exponent}", transform=axes.transAxes, ha="right", va="top",
                   color=MUTED, fontsize=8)  # fmt: skip
 
 
@@ -351,7 +355,7 @@ def _threshold_line(axes: Any, threshold: float) -> None:
 
 
 def _panel_title(axes: Any, result: LayerResult, best: bool) -> None:
-    title = f"layer {result.layer}   {result.auroc:.3f}" + ("   best" if best else "")
+    title = f"layer {result.layer} · {result.auroc:.3f}" + (" · best" if best else "")
     axes.set_title(title, fontsize=9.5, fontweight="bold" if best else "normal", pad=4)
 
 

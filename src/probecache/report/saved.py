@@ -39,6 +39,8 @@ FACTS = (
     "layer_convention",
     "created",
 )
+# Marks that turn the reading direction of what follows: a text must not rearrange its neighbours.
+TURNING = {"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 AGAIN = "run `probecache validate` again"
 # The report shows three digits, so half of the last one is a difference that a reader could see.
 AUROC_TOLERANCE = 5e-4
@@ -94,7 +96,7 @@ class Validation:
 
 
 def shown(text: str, limit: int = 240) -> str:
-    """Text on one line, without control characters and lone surrogates, cut to `limit`."""
+    """Text on one line cut to `limit`, without control characters, direction marks, surrogates."""
     # Only the head is looked at: a prompt may be a whole document.
     head = "".join(_visible(c) for c in text[: 4 * limit])
     line = " ".join(head.split())
@@ -134,6 +136,8 @@ def read_validation(folder: Path) -> Validation:
 
 
 def _visible(character: str) -> str:
+    if unicodedata.bidirectional(character) in TURNING:
+        return ""
     category = unicodedata.category(character)
     if category == "Cc":
         return " "
@@ -241,13 +245,13 @@ def _checked_scores(folder: Path, result: LayerResult, positive_class: str) -> L
 def _read_scores(path: Path, positive_class: str) -> LayerScores:
     try:
         # Lone surrogates cannot be written as UTF-8; the reader must not fall over one either.
-        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as file:
-            with _malformed(path), _long_fields():
-                rows = csv.reader(file, strict=True)
-                columns = _columns(next(rows, []))
-                table = [[row[i] for i in columns] for row in rows]
+        file = path.open(newline="", encoding="utf-8", errors="surrogatepass")
     except OSError as error:
         raise StoreError(f"expected scores in {path}, got: {error.strerror}; {AGAIN}") from error
+    with file, _malformed(path), _long_fields():
+        rows = csv.reader(file, strict=True)
+        columns = _columns(next(rows, []))
+        table = [[row[i] for i in columns] for row in rows]
     return _layer_scores(path, table, positive_class)
 
 
