@@ -1,0 +1,459 @@
+"""The report, made from saved validations and read back as a browser would."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from probecache.errors import OutputError, StoreError
+from probecache.report import write_report
+from probecache.report.plots import NEGATIVE, POSITIVE, panel_layers
+from probecache.report.saved import read_validation, shown
+
+FIGURES = ["roc_curves", "auroc_by_layer", "score_distributions"]
+COLUMNS = ["question_id", "question", "type", "mean_score", "max_score", "min_score", "std_score"]
+HOSTILE = "<script>alert(1)</script> $x^2$ {{ 7 * 7 }} & \"quoted\" 'text' 測試"
+
+
+def save(folder, layers=(2, 4), sizes=(12, 9), names=("deployment", "testing"), **options):
+    """Write a validation folder; `scores` maps labels and a layer to scores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = np.arange(sum(sizes)) < sizes[0]
+    score = options.pop("scores", planted_scores)
+    questions = options.pop("questions", ["What do you do next?"])
+    rows = []
+    for layer in layers:
+        scores = score(labels, layer)
+        save_scores(folder / f"probe_stats_layer{layer}.csv", scores, labels, names, questions)
+        rows.append(summary_row(layer, scores, labels))
+    summary = {
+        "format": "probecache-validation",
+        "format_version": 1,
+        "created": "2026-01-02T03:04:05+00:00",
+        "positive_class": names[0],
+        "negative_class": names[1],
+        "positions": "all",
+        "layer_convention": "residual stream after L blocks",
+        "model": "models/tiny-llama",
+        "dtype": "bfloat16",
+        "data": "datasets/validation.json",
+        "cache": None,
+        "vectors": "run/normalized_vectors",
+        "method": "difference of means",
+        "num_examples": len(labels),
+        "classes": {names[1]: sizes[1], names[0]: sizes[0]},
+        "best_layer": max(rows, key=lambda row: row["auroc"])["layer"],
+        "warnings": [],
+        "layers": rows,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary | options), encoding="utf-8")
+    return folder
+
+
+def planted_scores(labels, layer):
+    return np.random.default_rng(layer).normal(size=labels.size) + labels * (layer % 5) / 2
+
+
+def summary_row(layer, scores, labels):
+    area = float(roc_auc_score(labels, scores))
+    return {
+        "layer": layer,
+        "auroc": area,
+        "auroc_low": max(0.0, area - 0.1),
+        "auroc_high": min(1.0, area + 0.1),
+        "n_positive": int(labels.sum()),
+        "n_negative": int((~labels).sum()),
+        "threshold": float(np.median(scores)),
+        "accuracy": 0.75,
+        "mean_positive": float(scores[labels][0]),
+        "mean_negative": float(scores[~labels][0]),
+        "std_positive": None,
+        "std_negative": None,
+    }
+
+
+def save_scores(path, scores, labels, names, questions):
+    with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
+        writer = csv.writer(file)
+        writer.writerow([*COLUMNS, "n_tokens"])
+        for i, (score, positive) in enumerate(zip(scores, labels, strict=True)):
+            name, value = names[0] if positive else names[1], repr(float(score))
+            question = questions[i % len(questions)]
+            writer.writerow([f"q{i}", question, name, value, value, value, "0.0", 7])
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, ids, text, the rows of the table."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tags, self.words, self.rows = [], [], []
+        self.feed((folder / "report.html").read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] != "style":
+            self.words.append(data)
+        if self.rows and data.strip():
+            self.rows[-1].append(data.strip())
+
+    def attributes(self, *names):
+        return [attrs[name] for _, attrs in self.tags for name in names if name in attrs]
+
+
+def test_every_figure_and_the_page_are_written_and_nothing_else(tmp_path):
+    folder = save(tmp_path / "v")
+    before = set(folder.rglob("*"))
+    expected = {folder / "visualizations" / f"{f}.{k}" for f in FIGURES for k in ("png", "svg")}
+    expected.add(folder / "report.html")
+    assert set(write_report(folder)) == expected
+    assert set(folder.rglob("*")) - before == expected | {folder / "visualizations"}
+    for path in expected:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG\r\n")
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_the_same_results_give_the_same_bytes_in_another_process(tmp_path):
+    one, two = save(tmp_path / "one"), save(tmp_path / "two")
+    write_report(one)
+    code = "import sys, pathlib, probecache.report as r; r.write_report(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(two)], check=True)
+    for path in one.rglob("*.*"):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path.name
+
+
+def test_a_second_report_replaces_the_first(tmp_path):
+    folder = save(tmp_path / "v")
+    write_report(folder)
+    save(folder, model="models/other")
+    write_report(folder)
+    text = Page(folder).text
+    assert "models/other" in text
+    assert "tiny-llama" not in text
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
+    folder = save(tmp_path / "v")
+    write_report(folder)
+    page = Page(folder)
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
+    links = page.attributes("href", "src", "xlink:href")
+    assert links
+    for link in links:
+        if not link.startswith(("#", "data:")):
+            assert (folder / link).is_file(), link
+
+
+def test_ids_are_unique_and_references_to_them_hold(tmp_path):
+    folder = save(tmp_path / "v", layers=range(20))
+    write_report(folder)
+    page = Page(folder)
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    clips = {a[5:-1] for a in page.attributes("clip-path")}
+    uses = {a[1:] for a in page.attributes("xlink:href", "href") if a.startswith("#")}
+    assert clips
+    assert uses
+    assert clips | uses <= set(ids)
+
+
+def test_the_page_says_what_was_run_on_what(tmp_path):
+    folder = save(tmp_path / "v", warnings=["A bag of words does as well."])
+    write_report(folder)
+    text = Page(folder).text
+    summary = json.loads((folder / "summary.json").read_text())
+    for fact in ("model", "dtype", "data", "vectors", "method", "positions", "layer_convention"):
+        assert summary[fact] in text, fact
+    assert "a higher score means deployment" in text
+    assert "testing 9, deployment 12" in text
+    assert "A bag of words does as well." in text
+
+
+def test_each_layer_has_a_row_with_its_numbers(tmp_path):
+    folder = save(tmp_path / "v", layers=(3, 7, 11))
+    write_report(folder)
+    rows = [" ".join(row) for row in Page(folder).rows[1:4]]
+    for row, saved in zip(rows, json.loads((folder / "summary.json").read_text())["layers"],
+                          strict=True):  # fmt: skip
+        assert row.startswith(str(saved["layer"]))
+        assert f"{saved['auroc']:.3f}" in row
+        assert f"{saved['auroc_low']:.3f} – {saved['auroc_high']:.3f}" in row
+        assert f"{saved['threshold']:.3f}".replace("-", "−") in row
+        assert "75.0%" in row
+        assert "12 + 9" in row
+
+
+def test_a_layer_chosen_on_these_prompts_is_called_optimistic(tmp_path):
+    several, one = save(tmp_path / "several"), save(tmp_path / "one", layers=[4])
+    write_report(several)
+    write_report(one)
+    assert "chosen on these prompts, so its AUROC is optimistic" in Page(several).text
+    assert "optimistic" not in Page(one).text
+
+
+def test_layers_below_chance_as_a_whole_are_named(tmp_path):
+    def turned(labels, layer):
+        return -labels.astype(float) if layer == 8 else planted_scores(labels, 4)
+
+    folder = save(tmp_path / "v", layers=(4, 8), scores=turned)
+    write_report(folder)
+    assert "Below chance as a whole: layer 8." in Page(folder).text
+
+
+def test_the_prompts_at_both_ends_are_those_of_the_best_layer(tmp_path):
+    def ordered(labels, layer):
+        return np.arange(labels.size, 0.0, -1) if layer == 2 else planted_scores(labels, 0)
+
+    questions = [f"question number {i:02}" for i in range(21)]
+    folder = save(tmp_path / "v", scores=ordered, questions=questions)
+    write_report(folder)
+    text = Page(folder).text
+    highest, lowest = text.split("Highest scores")[1].split("Lowest scores")
+    assert [q for q in questions if q in highest] == questions[:5]
+    assert [q for q in questions if q in lowest] == questions[-5:]
+    assert highest.count("deployment") == 5
+    assert lowest.split("Files")[0].count("testing") == 5
+
+
+def test_hostile_text_stays_text_everywhere(tmp_path):
+    folder = save(
+        tmp_path / "v",
+        names=(HOSTILE, "</svg><img src=x onerror=alert(2)> $\\frac$"),
+        questions=["</bdi><img src=x onerror=alert(3)>\r\n\x00\x07 \ud800 \u202e x", HOSTILE],
+        warnings=["<b>bold</b>"],
+        model="<i>model</i>",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(folder)
+    page = Page(folder)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    for shown_as_written in (HOSTILE, "</bdi><img src=x onerror=alert(3)>", "<b>bold</b>"):
+        assert shown_as_written in page.text
+    assert not {"\x00", "\x07", "\u202e"} & set((folder / "report.html").read_text("utf-8"))
+
+
+def test_dollars_in_a_class_name_are_not_mathematics(tmp_path):
+    folder = save(tmp_path / "v", names=("$x^2$", "$\\bad{"))
+    write_report(folder)
+    svg = (folder / "visualizations" / "score_distributions.svg").read_text("utf-8")
+    texts = ["".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter()
+             if e.tag.endswith("}text")]  # fmt: skip
+    assert "$x^2$" in texts
+    assert "$\\bad{" in texts
+    assert "projection on the unit direction; higher = $x^2$" in texts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scores"),
+    [
+        ((1, 1), lambda labels, layer: labels.astype(float)),
+        ((5, 5), lambda labels, layer: np.full(labels.size, 0.1)),
+        ((5, 5), lambda labels, layer: np.zeros(labels.size)),
+        ((5, 5), lambda labels, layer: 1 + 1e-16 * np.arange(labels.size)),
+        ((9, 9), lambda labels, layer: 1e300 * planted_scores(labels, layer)),
+        ((9, 9), lambda labels, layer: 1e-300 * planted_scores(labels, layer)),
+        ((2, 2), lambda labels, layer: np.array([1.7e308, 5e-324, -5e-324, -1.7e308])),
+    ],
+    ids=["one each", "identical", "all zero", "almost identical", "huge", "tiny", "both extremes"],
+)
+@pytest.mark.parametrize("layers", [[0], [3, 4]])
+def test_degenerate_scores_are_drawn_without_a_warning(tmp_path, sizes, scores, layers):
+    folder = save(tmp_path / "v", layers=layers, sizes=sizes, scores=scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(write_report(folder)) == 7
+
+
+def test_eighty_layers_are_told_apart_by_a_colour_bar_and_few_panels(tmp_path):
+    folder = save(tmp_path / "v", layers=range(80))
+    write_report(folder)
+    best = json.loads((folder / "summary.json").read_text())["best_layer"]
+    drawings = {
+        name: (folder / "visualizations" / f"{name}.svg").read_text("utf-8") for name in FIGURES
+    }
+    assert drawings["roc_curves"].count(">layer ") == 1  # the best one, in the legend
+    assert ">layer<" in drawings["roc_curves"]  # the colour bar's label
+    panels = drawings["score_distributions"]
+    assert panels.count(">layer ") == 12
+    assert f">layer {best} " in panels
+    assert len(Page(folder).rows) == 81
+
+
+@given(st.sets(st.integers(0, 200), min_size=1), st.data())
+def test_panels_are_few_ordered_and_hold_the_best_layer(layers, data):
+    layers = sorted(layers)
+    best = data.draw(st.sampled_from(layers))
+    chosen = panel_layers(layers, best)
+    assert best in chosen
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(12, len(layers))
+    assert set(chosen) <= set(layers)
+
+
+def test_each_class_has_one_colour_in_figure_and_page(tmp_path):
+    folder = save(tmp_path / "v")
+    write_report(folder)
+    drawing = (folder / "visualizations" / "score_distributions.svg").read_text("utf-8")
+    page = (folder / "report.html").read_text("utf-8")
+    for colour, name in ((POSITIVE, "positive"), (NEGATIVE, "negative")):
+        assert f"fill: {colour}" in drawing
+        assert f"fill: {colour}" not in page
+        assert f"fill: var(--{name})" in page
+        assert f"--{name}: {colour}" in page
+
+
+def test_many_prompts_do_not_swell_the_curves(tmp_path):
+    folder = save(tmp_path / "v", layers=[4], sizes=(4000, 4000))
+    write_report(folder)
+    assert (folder / "visualizations" / "roc_curves.svg").stat().st_size < 60_000
+
+
+def test_a_prompt_as_long_as_a_document_is_read_and_cut(tmp_path):
+    folder = save(tmp_path / "v", layers=[4], questions=['"start"\n' + "word, " * 50_000])
+    write_report(folder)
+    text = Page(folder).text
+    assert '"start" word, word,' in text
+    assert len(text) < 20_000
+
+
+@given(st.text(max_size=300), st.integers(1, 100))
+def test_shown_text_is_one_short_line_that_utf8_can_hold(text, limit):
+    line = shown(text, limit)
+    assert len(line) <= limit
+    assert line == " ".join(line.split())
+    assert line.isprintable() or not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in line)
+    line.encode("utf-8")
+
+
+def test_shown_leaves_ordinary_text_alone():
+    assert shown("Plain text, naïve 測試 🙂.") == "Plain text, naïve 測試 🙂."
+    assert shown("a" * 9, 5) == "aaaa…"
+
+
+def edited(**changes):
+    def damage(folder):
+        path = folder / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def edited_layer(**changes):
+    def damage(folder):
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["layers"][0] |= changes
+        path.write_text(json.dumps(summary))
+
+    return damage
+
+
+def rewritten(change, name="probe_stats_layer2.csv"):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+DAMAGE = {
+    "no summary": (lambda f: (f / "summary.json").unlink(), "found none"),
+    "not json": (rewritten(lambda b: b[:-9], "summary.json"), "expected JSON"),
+    "not an object": (rewritten(lambda b: b"[]", "summary.json"), "probecache-validation"),
+    "another format": (edited(format="other"), "probecache-validation"),
+    "a later version": (edited(format_version=2), "format_version 1, got 2"),
+    "no layers": (edited(layers=[]), "at least one layer"),
+    "unknown best layer": (edited(best_layer=3), r"one of \[2, 4\], got 3"),
+    "best layer of a wrong kind": (edited(best_layer=[2]), "malformed"),
+    "class without a name": (edited(positive_class=None), "expected a text"),
+    "warnings of a wrong kind": (edited(warnings=[1]), "expected a text, got 1"),
+    "NaN": (edited_layer(auroc=float("nan")), "finite number, got nan"),
+    "a text for a number": (edited_layer(auroc="0.9"), "finite number"),
+    "a layer twice": (edited_layer(layer=4), "twice"),
+    "a layer that is a path": (edited_layer(layer="../../x"), "whole number"),
+    "wrong counts": (edited_layer(n_positive=13), "13 positive and 9 other"),
+    "an AUROC that its scores deny": (edited_layer(auroc=0.123), "got 0"),
+    "no scores": (lambda f: (f / "probe_stats_layer2.csv").unlink(), "No such file"),
+    "empty scores": (rewritten(lambda b: b""), "columns"),
+    "only a header": (rewritten(lambda b: b.splitlines(True)[0]), "got 0 and 0"),
+    "a missing column": (rewritten(lambda b: b.replace(b"mean_score", b"mean")), "mean_score"),
+    "a short row": (rewritten(lambda b: b + b"q99,cut\r\n"), "malformed"),
+    "a row that is no number": (rewritten(lambda b: b + b"q,q,testing,x,,,,\r\n"), "'x'"),
+    "a score that is NaN": (
+        rewritten(lambda b: b.rsplit(b"q20", 1)[0] + b"q20,q,testing,nan,,,,\r\n"),
+        "finite",
+    ),
+    "bytes that are no text": (rewritten(lambda b: b + b"\xff\xfe"), "utf-8"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_results_are_refused_in_one_line_and_nothing_is_written(tmp_path, name):
+    damage, message = DAMAGE[name]
+    folder = save(tmp_path / "v")
+    damage(folder)
+    with pytest.raises(StoreError, match=message) as caught:
+        write_report(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert not (folder / "report.html").exists()
+    assert not (folder / "visualizations").exists()
+
+
+def test_missing_optional_numbers_are_shown_as_a_dash(tmp_path):
+    folder = save(tmp_path / "v")
+    edited_layer(threshold=None, accuracy=None)(folder)
+    write_report(folder)
+    assert Page(folder).rows[1].count("–") == 2
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    folder = save(tmp_path / "v")
+    (folder / "visualizations").write_text("a file in the way")
+    with pytest.raises(OutputError, match="visualizations"):
+        write_report(folder)
+
+
+def test_saved_results_are_read_back_as_written(tmp_path):
+    question = 'two\nlines, a "quote"'
+    folder = save(tmp_path / "v", layers=(4, 2), questions=[question])
+    validation = read_validation(folder)
+    assert list(validation.results) == list(validation.scores) == [2, 4]
+    layer = validation.scores[4]
+    np.testing.assert_array_equal(layer.scores, planted_scores(layer.is_positive, 4))
+    assert set(layer.questions) == {question}
+    assert layer.classes == ("deployment",) * 12 + ("testing",) * 9
+
+
+def test_the_report_needs_neither_pyplot_nor_a_model_library(tmp_path):
+    folder = save(tmp_path / "v")
+    heavy = ["matplotlib.pyplot", "torch", "transformers", "sklearn", "scipy", "pandas"]
+    code = (
+        "import sys, pathlib, probecache.report as r; r.write_report(pathlib.Path(sys.argv[1]));"
+        "print([m for m in sys.argv[2:] if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(folder), *heavy]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
