@@ -8,6 +8,7 @@ model needs is not known here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class StoredTensor:
     bytes: int
     file: Path | None
     offset: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def sample(self) -> bytes:
         """What identifies the tensor: name, dtype, shape, and its bytes or eight pieces of them."""

@@ -253,10 +253,7 @@ class ModelSource:
         needed = []
         for name, tensor in self.tensors.items():
             block = self._block_of(name)
-            if block is None:
-                wanted = self._belongs_to_base(name)
-            else:
-                wanted = block < max(depth, 1)
+            wanted = self._belongs_to_base(name) if block is None else block < max(depth, 1)
             if wanted:
                 needed.append(tensor)
         return needed
@@ -264,6 +261,12 @@ class ModelSource:
     def weight_bytes(self, depth: int) -> int:
         """Bytes of weights that loading the first `depth` blocks reads."""
         return sum(tensor.bytes for tensor in self.needed_tensors(depth))
+
+    def loaded_bytes(self, depth: int) -> int:
+        """Bytes that the first `depth` blocks take in memory."""
+        if self.quantization is not None:
+            return self.weight_bytes(depth)
+        return self.dtype.itemsize * sum(t.count for t in self.needed_tensors(depth))
 
     def weights_fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
         """For each layer, a hash of the embeddings and of all blocks below it.
@@ -305,7 +308,7 @@ class ModelSource:
 
     def _relative(self, name: str) -> str:
         prefix, children, _ = self._base_names
-        # A checkpoint saved with a head nests the model under its prefix; one saved without does not.
+        # Saved with a head, a checkpoint nests the model under its prefix; without, it does not.
         while (
             name.split(".")[0] not in children
             and "." in name

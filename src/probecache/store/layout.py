@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -179,9 +179,13 @@ class Blueprint:
         return file_bytes((self.rows,), "int32") if self.keeps_tokens else 0
 
     def manifest_bytes(self, identity: Identity) -> int:
-        """Exact bytes of layer_info.json, which is padded to whole disk blocks."""
+        """Exact bytes of layer_info.json, which is padded to whole disk blocks.
+
+        The same before the weights are known and after.
+        """
+        unknown = dict.fromkeys(self.layers, "0" * 64)
         draft = self.manifest(
-            identity,
+            replace(identity, attention="", weights=unknown),
             created="",
             timing={},
             non_finite={},

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["LayerRecord", "RunLayer", "SavedVectors", "VectorsInfo", "load_vectors", "save_run"]
+__all__ = [
+    "LayerRecord",
+    "SavedVectors",
+    "TrainedLayer",
+    "VectorsInfo",
+    "load_vectors",
+    "save_run",
+]
 
 _MANIFEST = "vectors.json"
 
@@ -125,19 +132,24 @@ def _load(path: Path, layer: int, info: VectorsInfo) -> np.ndarray:
     return direction
 
 
-@dataclass(frozen=True)
-class RunLayer:
-    """One layer of a run to be saved: unit direction, float32 [hidden], and what is known of it."""
+class TrainedLayer(Protocol):
+    """What of a trained probe is saved: unit direction, float32 [hidden], and what is known."""
 
-    direction: np.ndarray
-    raw_norm: float
-    threshold: float
-    typical_norm: float
-    n_positive: int
-    n_negative: int
+    @property
+    def direction(self) -> np.ndarray: ...
+    @property
+    def raw_norm(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def typical_norm(self) -> float: ...
+    @property
+    def n_positive(self) -> int: ...
+    @property
+    def n_negative(self) -> int: ...
 
 
-def save_run(output: str | Path, layers: Mapping[int, RunLayer], about: dict[str, Any]) -> Path:
+def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict[str, Any]) -> Path:
     """Write `<output>_<YYYYmmdd_HHMMSS>/` and commit it by rename.
 
     Args:
@@ -171,19 +183,19 @@ def _free_name(output: Path) -> Path:
 
 
 def _save_vectors(
-    folder: Path, layers: Mapping[int, RunLayer], about: dict[str, Any], normalized: bool
+    folder: Path, layers: Mapping[int, TrainedLayer], about: dict[str, Any], normalized: bool
 ) -> None:
     folder.mkdir()
     records = {}
-    for layer, run_layer in sorted(layers.items()):
-        scale = 1.0 if normalized else run_layer.raw_norm
-        direction = (run_layer.direction.astype(np.float64) * scale).astype(np.float32)
+    for layer, trained in sorted(layers.items()):
+        scale = 1.0 if normalized else trained.raw_norm
+        direction = (trained.direction.astype(np.float64) * scale).astype(np.float32)
         records[layer] = LayerRecord(
-            raw_norm=run_layer.raw_norm,
-            threshold=run_layer.threshold * scale,
-            typical_norm=run_layer.typical_norm,
-            n_positive=run_layer.n_positive,
-            n_negative=run_layer.n_negative,
+            raw_norm=trained.raw_norm,
+            threshold=trained.threshold * scale,
+            typical_norm=trained.typical_norm,
+            n_positive=trained.n_positive,
+            n_negative=trained.n_negative,
             file=_save_tensor(folder / f"layer_{layer}.pt", direction),
         )
     info = VectorsInfo.model_validate({**about, "normalized": normalized, "layers": records})

@@ -1,0 +1,110 @@
+"""Before a run: does the engine's batched forward equal a plain Hugging Face forward?
+
+Runs a few prompts of different lengths both ways and compares every wanted layer on every token.
+Catches masks, padding, positions and layer conventions that an architecture handles in a way not
+foreseen. Not covered: prompts other than those compared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from probecache.errors import PreflightError
+from probecache.plan import plan_batches
+from probecache.types import Dtype, TokenizedPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from probecache.engine import Engine
+    from probecache.models import LoadedModel
+
+__all__ = ["check_engine", "tolerance"]
+
+_PROMPTS = 4
+# Multiples of the dtype's rounding step. One-by-one and batched forwards of correct models were
+# seen to differ by up to 20 steps; a wrong mask or position moves rows by a tenth of their length.
+_STEPS = {Dtype.FLOAT32: 800, Dtype.FLOAT16: 40, Dtype.BFLOAT16: 12}
+_STEP = {Dtype.FLOAT32: 2.0**-23, Dtype.FLOAT16: 2.0**-10, Dtype.BFLOAT16: 2.0**-7}
+# A token whose expert changes by rounding differs wholly; more than this share is no accident.
+_SHARE_OF_STRAY_TOKENS = 0.25
+
+
+def tolerance(dtype: Dtype) -> float:
+    """Largest relative difference of a row that rounding explains."""
+    return _STEPS[dtype] * _STEP[dtype]
+
+
+def check_engine(
+    engine: Engine,
+    model: LoadedModel,
+    prompts: Sequence[TokenizedPrompt],
+    layers: Sequence[int],
+    dtype: Dtype,
+    token_budget: int,
+) -> float:
+    """Compare the engine with plain forwards on a few prompts.
+
+    Returns:
+        The largest relative difference of an ordinary row, |batched - plain| / |plain|.
+
+    Raises:
+        PreflightError: they disagree beyond the dtype's rounding.
+    """
+    sample = _sample(prompts)
+    batches = plan_batches([len(prompt) for prompt in sample], token_budget)
+    plain = [_plain(model, prompt, layers) for prompt in sample]
+    worst = 0.0
+    for rows in engine.run(sample, batches, layers):
+        pieces = rows.values.split([len(sample[index]) for index in rows.prompts])
+        for index, batched in zip(rows.prompts, pieces, strict=True):
+            error = _difference(batched, plain[index][rows.layer])
+            worst = max(worst, error)
+            # NaN fails no comparison, so ask for what is right and not for what is wrong.
+            if not error <= tolerance(dtype):
+                raise PreflightError(
+                    f"expected the batched forward to equal a plain one within "
+                    f"{tolerance(dtype):.1g} relative in {dtype}, got {error:.2g} at layer "
+                    f"{rows.layer} on a prompt of {len(sample[index])} tokens; this architecture "
+                    "or checkpoint does not batch as expected: nothing was extracted"
+                )
+    return worst
+
+
+def _sample(prompts: Sequence[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """A few prompts of different lengths, up to the third quartile, every token kept."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    places = np.linspace(0, 0.75 * (len(order) - 1), _PROMPTS).astype(int)
+    chosen = [prompts[order[place]] for place in sorted(set(places.tolist()))]
+    return [TokenizedPrompt(p.ids, np.arange(len(p.ids), dtype=np.int32)) for p in chosen]
+
+
+def _plain(
+    model: LoadedModel, prompt: TokenizedPrompt, layers: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    import torch
+
+    ids = torch.from_numpy(prompt.ids.astype(np.int64))[None].to(model.input_device)
+    with torch.inference_mode():
+        states = model.plain_hidden_states(ids)
+    return {layer: states[layer].cpu() for layer in layers}
+
+
+def _difference(batched: torch.Tensor, plain: torch.Tensor) -> float:
+    """Relative difference of rows, the few largest of them left out."""
+    import torch
+
+    if not (torch.isfinite(batched).all() and torch.isfinite(plain).all()):
+        # Not this check's business: the run counts them and says where they are.
+        both = torch.isfinite(batched).all(-1) & torch.isfinite(plain).all(-1)
+        batched, plain = batched[both], plain[both]
+        if not len(batched):
+            return 0.0
+    a, b = batched.double(), plain.double()
+    errors = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+    keep = len(errors) - int(len(errors) * _SHARE_OF_STRAY_TOKENS)
+    return float(errors.sort().values[keep - 1])

@@ -1,0 +1,84 @@
+"""A cache to a run: one direction per layer.
+
+Guarantee: reads each row once, in bounded memory; the positive class is named, never guessed, and a
+higher score means it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probecache.atomic import sha256_of_file
+from probecache.errors import EmptyClassError, UsageError
+from probecache.fit import MeanDifferenceFitter
+from probecache.store.layout import LAYER_INFO
+from probecache.store.vectors import SavedVectors, load_vectors, save_run
+from probecache.types import DEFAULT_POSITIVE_CLASS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from probecache.probe import Probe
+    from probecache.store.reader import Cache
+
+__all__ = ["train"]
+
+_METHOD = "difference of means"
+
+
+def train(
+    cache: Cache,
+    output: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    positive_class: str = DEFAULT_POSITIVE_CLASS,
+    source: str | None = None,
+) -> SavedVectors:
+    """Fit the difference of means at every layer and save the run.
+
+    Args:
+        cache: where the rows are.
+        output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
+        layers: which of the cached layers; None takes all.
+        positive_class: the class that a higher score means; vectors are mean(positive) -
+            mean(all other rows).
+        source: what to record as the cache's name, where it is not its path.
+
+    Returns:
+        The run's normalised vectors; `.path.parent` is the run's folder.
+
+    Raises:
+        EmptyClassError: the cache has no such class.
+        LayerNotCachedError, FitError, NonFiniteError, OutputError.
+    """
+    chosen = tuple(layers) if layers is not None else cache.layers
+    if not chosen:
+        raise UsageError("expected at least one layer to train on, got none")
+    for layer in chosen:
+        cache.require_layer(layer)
+    if positive_class not in cache.classes:
+        raise EmptyClassError(
+            f"expected examples of the positive class {positive_class!r} in {cache.path}, got "
+            f"the classes {', '.join(cache.classes)}; name one with --positive-class"
+        )
+    probes = {layer: _fit(cache, layer, positive_class) for layer in chosen}
+    about = {
+        "method": _METHOD,
+        "positive_class": positive_class,
+        "negative_class": " + ".join(c for c in cache.classes if c != positive_class),
+        "hidden_size": cache.hidden_size,
+        "source_cache": source or str(cache.path),
+        "source_cache_sha256": sha256_of_file(cache.path / LAYER_INFO),
+        "identity": cache.identity,
+    }
+    run = save_run(output, probes, about)
+    return load_vectors(run / "normalized_vectors")
+
+
+def _fit(cache: Cache, layer: int, positive_class: str) -> Probe:
+    fitter = MeanDifferenceFitter(cache.hidden_size)
+    for label in cache.classes:
+        for _, rows in cache.chunks(label, layer):
+            fitter.update(rows, positive=label == positive_class)
+    return fitter.finish()

@@ -1,0 +1,332 @@
+"""Score a cache with vectors and say how well the classes part.
+
+Guarantee: vectors and cache come from one model read in one way, or the run is refused; a higher
+score means the vectors' positive class; every score is a real projection of the kept tokens; every
+AUROC carries its interval and its sample sizes, and a layer chosen by it is reported as chosen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probecache.atomic import commit_folder, disk_errors_named, temporary_sibling
+from probecache.errors import MismatchError, NonFiniteError, OutputError
+from probecache.identity import SCORING, require_same
+from probecache.metrics import accuracy_at, auroc
+from probecache.store.layout import encode_json
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from probecache.dataset import Dataset
+    from probecache.metrics import AurocEstimate
+    from probecache.store.reader import Cache
+    from probecache.store.vectors import SavedVectors
+
+__all__ = ["LayerResult", "Validation", "validate"]
+
+_FORMAT = "probecache-validation"
+_STATS = ("mean_score", "max_score", "min_score", "std_score")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's outcome. Scores are those of the examples' means, in data order."""
+
+    layer: int
+    auroc: AurocEstimate
+    threshold: float
+    accuracy: float
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What `validate` found and wrote."""
+
+    path: Path
+    layers: tuple[LayerResult, ...]
+    best: LayerResult
+    warnings: tuple[str, ...]
+    positive_class: str
+    files: tuple[Path, ...]
+
+
+def validate(
+    cache: Cache,
+    vectors: SavedVectors,
+    output: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    layers: Sequence[int] | None = None,
+    visualize: bool = False,
+    allow_mismatch: Collection[str] = (),
+    source: str | None = None,
+) -> Validation:
+    """Score every example at every layer; write statistics, summary and, if asked, the report.
+
+    Args:
+        cache: activations of the prompts to score.
+        vectors: directions; their layers must be cached.
+        output: folder to write, replaced if it holds an earlier validation.
+        dataset: the data that the cache should have been made from; None skips the check.
+        layers: which of the vectors' layers; None takes all.
+        visualize: plots and report.html too.
+        allow_mismatch: identity fields in which vectors and cache may differ.
+        source: what to record as the cache's name; None stands for its path.
+
+    Raises:
+        MismatchError: vectors, cache and data do not belong together.
+        LayerNotCachedError, NonFiniteError, OutputError.
+    """
+    output = Path(output)
+    _require_replaceable(output)
+    chosen = _choose_layers(cache, vectors, layers)
+    _require_matching(cache, vectors, dataset, allow_mismatch)
+    is_positive = np.array(
+        [record.label == vectors.info.positive_class for record in cache.examples]
+    )
+    with disk_errors_named(output), temporary_sibling(output) as folder:
+        results = []
+        for layer in chosen:
+            stats = _score(cache, vectors, layer)
+            results.append(_judge(layer, stats, vectors, is_positive))
+            (folder / f"probe_stats_layer{layer}.csv").write_bytes(_stats_csv(cache, stats))
+        best = max(results, key=lambda result: result.auroc.auroc)
+        warnings = _warnings(results, best, vectors)
+        rows = [_summary_row(result, is_positive) for result in results]
+        about = _about(cache, vectors, dataset, source)
+        summary = {**about, "best_layer": best.layer, "warnings": warnings, "layers": rows}
+        (folder / "summary.json").write_bytes(encode_json(summary))
+        (folder / "summary.csv").write_bytes(_csv(list(rows[0]), [row.values() for row in rows]))
+        if visualize:
+            from probecache.report import write_report
+
+            write_report(folder)
+        _replace(folder, output)
+    files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+    positive = vectors.info.positive_class
+    return Validation(output, tuple(results), best, tuple(warnings), positive, files)
+
+
+# ---------------------------------------------------------------- do they belong together
+
+
+def _choose_layers(
+    cache: Cache, vectors: SavedVectors, layers: Sequence[int] | None
+) -> tuple[int, ...]:
+    chosen = tuple(layers) if layers is not None else vectors.layers
+    for layer in chosen:
+        if layer not in vectors.layers:
+            raise MismatchError(
+                f"expected vectors for layer {layer} in {vectors.path}, got those for layers "
+                f"{', '.join(map(str, vectors.layers))}; train that layer or leave it out of --layers"
+            )
+        cache.require_layer(layer)
+    return chosen
+
+
+def _require_matching(
+    cache: Cache, vectors: SavedVectors, dataset: Dataset | None, allowed: Collection[str]
+) -> None:
+    what = f"Vectors {vectors.path} and cache {cache.path}"
+    if vectors.info.hidden_size != cache.hidden_size:
+        raise MismatchError(
+            f"{what} do not belong together: hidden_size: expected {vectors.info.hidden_size}, "
+            f"got {cache.hidden_size} (model {vectors.info.identity.model} against "
+            f"{cache.identity.model}); make both with the same model"
+        )
+    require_same(vectors.info.identity, cache.identity, SCORING, what=what, allowed=allowed)
+    if vectors.info.positive_class not in cache.classes:
+        raise MismatchError(
+            f"expected examples of the vectors' positive class {vectors.info.positive_class!r} in "
+            f"{cache.path}, got the classes {', '.join(cache.classes)}; label the data alike"
+        )
+    if dataset is not None and dataset.fingerprint() != cache.identity.data:
+        raise MismatchError(
+            f"expected --data to be what the cache {cache.path} was made from, got "
+            f"{dataset.source}: {_first_difference(cache, dataset)}; name the original file, or "
+            "extract this one into a cache of its own"
+        )
+
+
+def _first_difference(cache: Cache, dataset: Dataset) -> str:
+    if len(dataset) != len(cache.examples):
+        return f"{len(cache.examples)} examples expected, {len(dataset)} found"
+    for record, example in zip(cache.examples, dataset.examples, strict=True):
+        for name, cached, found in (
+            ("class", record.label, example.label),
+            ("text", record.question, example.question),
+            ("answer", record.answer, example.answer),
+            ("id", record.id, example.id),
+            ("group", record.group, example.group),
+            ("category", record.category, example.category),
+        ):
+            if cached != found:
+                return f"row {example.row} differs in its {name}"
+    return "the messages differ"
+
+
+def _require_replaceable(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        ours = json.loads((output / "summary.json").read_bytes())["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"expected --output {output} to be free or an earlier validation, but it holds "
+            "something else; choose another folder"
+        )
+
+
+def _replace(folder: Path, output: Path) -> None:
+    """Commit the new results; an earlier validation goes only once they are complete."""
+    if not output.exists():
+        commit_folder(folder, output)
+        return
+    with temporary_sibling(output) as aside:
+        output.rename(aside / "old")
+        try:
+            commit_folder(folder, output)
+        except BaseException:
+            (aside / "old").rename(output)
+            raise
+        shutil.rmtree(aside / "old", ignore_errors=True)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def _score(cache: Cache, vectors: SavedVectors, layer: int) -> dict[str, np.ndarray]:
+    """Statistics of every example's token scores, float64 [examples], in data order."""
+    direction = vectors.directions[layer].astype(np.float64)
+    stats = {name: np.empty(len(cache.examples)) for name in _STATS}
+    for label in cache.classes:
+        scores = np.concatenate(
+            [rows.astype(np.float64) @ direction for _, rows in cache.chunks(label, layer)]
+        )
+        members = [record for record in cache.examples if record.label == label]
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise NonFiniteError(
+                f"expected finite activations, got NaN or Inf in row {bad} of class {label!r} at "
+                f"layer {layer} of {cache.path}; extract again in bfloat16 or float32"
+            )
+        places = [record.idx for record in members]
+        for name, values in _over_tokens(scores, [record.rows for record in members]).items():
+            stats[name][places] = values
+    return stats
+
+
+def _over_tokens(scores: np.ndarray, spans: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    pieces = [scores[start:stop] for start, stop in spans]
+    functions = zip(_STATS, (np.mean, np.max, np.min, np.std), strict=True)
+    return {name: np.array([function(p) for p in pieces]) for name, function in functions}
+
+
+def _judge(
+    layer: int, stats: dict[str, np.ndarray], vectors: SavedVectors, is_positive: np.ndarray
+) -> LayerResult:
+    scores, threshold = stats["mean_score"], vectors.info.layers[layer].threshold
+    return LayerResult(
+        layer=layer,
+        auroc=auroc(scores, is_positive),
+        threshold=threshold,
+        accuracy=accuracy_at(scores, is_positive, threshold),
+        scores=scores,
+    )
+
+
+def _warnings(results: list[LayerResult], best: LayerResult, vectors: SavedVectors) -> list[str]:
+    """Plain words on what a reader of the table could miss."""
+    found = []
+    reversed_ = [str(result.layer) for result in results if result.auroc.high < 0.5]
+    if reversed_:
+        found.append(
+            f"At layer {', '.join(reversed_)} the scores are reversed: examples of "
+            f"{vectors.info.positive_class!r} score lower than the others."
+        )
+    if best.auroc.low <= 0.5:
+        found.append(
+            f"Even at the best layer ({best.layer}) the interval of the AUROC reaches chance (0.5)."
+        )
+    if len(results) > 1:
+        found.append(
+            f"Layer {best.layer} was chosen as the best of {len(results)} on these very prompts, "
+            "so its AUROC is optimistic; check it on other prompts."
+        )
+    return found
+
+
+# ---------------------------------------------------------------- files
+
+
+def _about(
+    cache: Cache, vectors: SavedVectors, dataset: Dataset | None, source: str | None
+) -> dict[str, Any]:
+    info = vectors.info
+    return {
+        "format": _FORMAT,
+        "format_version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "positive_class": info.positive_class,
+        "negative_class": " + ".join(c for c in cache.classes if c != info.positive_class),
+        "positions": str(cache.info.positions),
+        "layer_convention": info.layer_convention,
+        "model": cache.identity.model,
+        "dtype": str(cache.info.dtype),
+        "data": dataset.source if dataset else None,
+        "cache": source or str(cache.path),
+        "vectors": str(vectors.path),
+        "normalized": info.normalized,
+        "method": info.method,
+        "num_examples": cache.info.num_examples,
+        "classes": {label: record.examples for label, record in cache.info.classes.items()},
+    }
+
+
+def _summary_row(result: LayerResult, is_positive: np.ndarray) -> dict[str, Any]:
+    positive, negative = result.scores[is_positive], result.scores[~is_positive]
+    return {
+        "layer": result.layer,
+        "auroc": result.auroc.auroc,
+        "auroc_low": result.auroc.low,
+        "auroc_high": result.auroc.high,
+        "n_positive": result.auroc.n_positive,
+        "n_negative": result.auroc.n_negative,
+        "threshold": result.threshold,
+        "accuracy": result.accuracy,
+        "mean_positive": float(positive.mean()),
+        "mean_negative": float(negative.mean()),
+        "std_positive": float(positive.std()),
+        "std_negative": float(negative.std()),
+    }
+
+
+def _stats_csv(cache: Cache, stats: dict[str, np.ndarray]) -> bytes:
+    header = ["question_id", "question", "type", *_STATS, "n_tokens"]
+    columns = [stats[name].tolist() for name in _STATS]
+    rows = [
+        [record.id, record.question, record.label, *scores, record.n_tokens]
+        for record, *scores in zip(cache.examples, *columns, strict=True)
+    ]
+    return _csv(header, rows)
+
+
+def _csv(header: list[str], rows: Any) -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
