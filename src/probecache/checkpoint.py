@@ -33,7 +33,7 @@ class StoredTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bytes: int
+    size: int
     file: Path | None
     offset: int
 
@@ -48,9 +48,9 @@ class StoredTensor:
         if self.file is None:
             raise ModelError("expected the weights to be on this machine to identify them")
         with self.file.open("rb") as file:
-            if self.bytes <= _PIECE * _PIECES:
-                return what + os.pread(file.fileno(), self.bytes, self.offset)
-            step = (self.bytes - _PIECE) // (_PIECES - 1)
+            if self.size <= _PIECE * _PIECES:
+                return what + os.pread(file.fileno(), self.size, self.offset)
+            step = (self.size - _PIECE) // (_PIECES - 1)
             places = (self.offset + number * step for number in range(_PIECES))
             return what + b"".join(os.pread(file.fileno(), _PIECE, place) for place in places)
 

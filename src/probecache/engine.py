@@ -207,7 +207,7 @@ def _selector(
     def means_of(hidden: torch.Tensor) -> torch.Tensor:
         # A mean of long texts in bfloat16 loses the direction; mps has no float64.
         wide = torch.float32 if hidden.device.type == "mps" else torch.float64
-        pieces = rows_of(hidden).split(counts)
+        pieces = torch.split(rows_of(hidden), counts)
         return torch.stack([piece.to(wide).mean(0) for piece in pieces]).to(hidden.dtype)
 
     return means_of if mean else rows_of

@@ -260,7 +260,7 @@ class ModelSource:
 
     def weight_bytes(self, depth: int) -> int:
         """Bytes of weights that loading the first `depth` blocks reads."""
-        return sum(tensor.bytes for tensor in self.needed_tensors(depth))
+        return sum(tensor.size for tensor in self.needed_tensors(depth))
 
     def loaded_bytes(self, depth: int) -> int:
         """Bytes that the first `depth` blocks take in memory."""
@@ -290,7 +290,7 @@ class ModelSource:
 
     def _stored_dtype(self) -> str:
         words = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        largest = max(self.tensors.values(), key=lambda tensor: tensor.bytes)
+        largest = max(self.tensors.values(), key=lambda tensor: tensor.size)
         return words.get(largest.dtype, largest.dtype)
 
     @cached_property

@@ -100,7 +100,7 @@ def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
     """SHA-256 over all ids and all kept indices."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(np.int64([len(prompt.ids), len(prompt.kept)]).tobytes())
+        digest.update(np.array([len(prompt.ids), len(prompt.kept)], dtype="<i8").tobytes())
         digest.update(prompt.ids.astype("<i4").tobytes())
         digest.update(prompt.kept.astype("<i4").tobytes())
     return digest.hexdigest()

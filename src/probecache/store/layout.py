@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from probecache.store.tensorfile import FileRecord, file_bytes
 from probecache.types import LAYER_CONVENTION, Dtype, Identity, Positions
@@ -60,12 +60,12 @@ class ExampleRecord(BaseModel):
     these rows stand for (1 for `last`), `input_tokens` what the model was fed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     idx: int = Field(ge=0)
     id: str
     group: str
-    label: str = Field(alias="class")
+    label: str = Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class")
     question: str
     answer: str | None = None
     category: str | None = None

@@ -82,7 +82,7 @@ class CacheWriter:
 
         started = time.perf_counter()
         row_bytes = self.blueprint.hidden_size * self.blueprint.dtype.itemsize
-        data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
         at = 0
         for index in examples:
             record = self.blueprint.examples[index]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probecache.atomic import sha256_of_file
-from probecache.errors import EmptyClassError, UsageError
+from probecache.errors import EmptyClassError, FitError, NonFiniteError, UsageError
 from probecache.fit import MeanDifferenceFitter
 from probecache.store.layout import LAYER_INFO
 from probecache.store.vectors import SavedVectors, load_vectors, save_run
@@ -78,7 +78,10 @@ def train(
 
 def _fit(cache: Cache, layer: int, positive_class: str) -> Probe:
     fitter = MeanDifferenceFitter(cache.hidden_size)
-    for label in cache.classes:
-        for _, rows in cache.chunks(label, layer):
-            fitter.update(rows, positive=label == positive_class)
-    return fitter.finish()
+    try:
+        for label in cache.classes:
+            for _, rows in cache.chunks(label, layer):
+                fitter.update(rows, positive=label == positive_class)
+        return fitter.finish()
+    except (FitError, NonFiniteError) as error:
+        raise type(error)(f"layer {layer} of {cache.path}: {error}") from error

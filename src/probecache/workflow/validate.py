@@ -129,7 +129,7 @@ def _choose_layers(
         if layer not in vectors.layers:
             raise MismatchError(
                 f"expected vectors for layer {layer} in {vectors.path}, got those for layers "
-                f"{', '.join(map(str, vectors.layers))}; train that layer or leave it out of --layers"
+                f"{', '.join(map(str, vectors.layers))}; train it or leave it out of --layers"
             )
         cache.require_layer(layer)
     return chosen
@@ -231,8 +231,8 @@ def _score(cache: Cache, vectors: SavedVectors, layer: int) -> dict[str, np.ndar
 
 def _over_tokens(scores: np.ndarray, spans: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     pieces = [scores[start:stop] for start, stop in spans]
-    functions = zip(_STATS, (np.mean, np.max, np.min, np.std), strict=True)
-    return {name: np.array([function(p) for p in pieces]) for name, function in functions}
+    rows = [(piece.mean(), piece.max(), piece.min(), piece.std()) for piece in pieces]
+    return dict(zip(_STATS, np.array(rows).T, strict=True))
 
 
 def _judge(

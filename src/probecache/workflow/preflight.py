@@ -55,12 +55,14 @@ def check_engine(
     Raises:
         PreflightError: they disagree beyond the dtype's rounding.
     """
+    import torch
+
     sample = _sample(prompts)
     batches = plan_batches([len(prompt) for prompt in sample], token_budget)
     plain = [_plain(model, prompt, layers) for prompt in sample]
     worst = 0.0
     for rows in engine.run(sample, batches, layers):
-        pieces = rows.values.split([len(sample[index]) for index in rows.prompts])
+        pieces = torch.split(rows.values, [len(sample[index]) for index in rows.prompts])
         for index, batched in zip(rows.prompts, pieces, strict=True):
             error = _difference(batched, plain[index][rows.layer])
             worst = max(worst, error)

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,6 @@ from probecache.plan import (
     parse_layers,
     plan_batches,
 )
-from probecache.preflight import check_engine
 from probecache.progress import Progress
 from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
 from probecache.store.layout import (
@@ -49,6 +48,7 @@ from probecache.store.layout import (
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer
 from probecache.types import Identity, Positions, TokenizedPrompt
+from probecache.workflow.preflight import check_engine
 
 if TYPE_CHECKING:
     from probecache.engine import Rows
@@ -150,12 +150,18 @@ def plan(request: ExtractRequest, output: str | Path) -> Plan:
     Raises:
         As `prepare`; OutputError, MismatchError: the output holds something else.
     """
+    output = Path(output)
+    existing = _existing_cache(output)
     prepared = prepare(request)
-    existing = _existing_cache(Path(output))
-    blueprint = _missing(prepared.blueprint, existing)
+    return _plan(prepared, existing, _missing(prepared.blueprint, existing), output)
+
+
+def _plan(
+    prepared: Preparation, existing: Cache | None, blueprint: Blueprint, output: Path
+) -> Plan:
     weight_bytes = prepared.source.weight_bytes(max(blueprint.layers)) if blueprint.layers else 0
     return Plan(
-        model=request.model.model,
+        model=prepared.request.model.model,
         data=prepared.dataset.source,
         output=str(output),
         positions=prepared.positions,
@@ -170,18 +176,23 @@ def plan(request: ExtractRequest, output: str | Path) -> Plan:
         rows_per_layer=blueprint.rows,
         bytes_per_layer=blueprint.bytes_per_layer,
         bytes_total=_bytes_to_write(blueprint, prepared.identity, existing),
-        bytes_free=free_bytes(Path(output)),
+        bytes_free=free_bytes(output),
         weight_bytes=weight_bytes,
         memory_bytes=_estimate_memory(prepared, blueprint.layers),
     )
 
 
-def extract(request: ExtractRequest, output: str | Path) -> Cache:
+def extract(
+    request: ExtractRequest,
+    output: str | Path,
+    announce: Callable[[Plan], None] | None = None,
+) -> Cache:
     """Run the model over the data and write the cache, or add the missing layers to one.
 
     Args:
         request: what to extract.
         output: the cache's folder: nothing, an empty folder, or a cache of the same identity.
+        announce: told the plan before any weight is read.
 
     Returns:
         The finished cache, opened.
@@ -197,9 +208,12 @@ def extract(request: ExtractRequest, output: str | Path) -> Cache:
     identity = _with_weights(prepared, existing)
     if existing is not None:
         _require_same_cache(existing, identity)
+    planned = _plan(prepared, existing, blueprint, output)
+    if announce is not None:
+        announce(planned)
     if not blueprint.layers:
         return open_cache(output)
-    _require_room(_bytes_to_write(blueprint, prepared.identity, existing), output)
+    _require_room(planned)
 
     started = time.perf_counter()
     model = prepared.source.load(max(blueprint.layers))
@@ -217,8 +231,8 @@ def extract(request: ExtractRequest, output: str | Path) -> Cache:
         timing = {
             "load_s": round(load_seconds, 3),
             "extract_s": round(time.perf_counter() - started - writer.seconds, 3),
-            "tokens": sum(map(len, prepared.prompts)),
-            "distinct_tokens": count_distinct_prefixes(prepared.prompts),
+            "tokens": planned.tokens,
+            "distinct_tokens": planned.distinct_prefix_tokens,
             "peak_memory": _peak_memory(model),
         }
         writer.commit(identity, timing, non_finite)
@@ -312,12 +326,12 @@ def _require_same_cache(existing: Cache, identity: Identity) -> None:
     require_same(existing.identity, known, EXTENDING, what=f"Cache {existing.path} and this run")
 
 
-def _require_room(needed: int, output: Path) -> None:
-    free = free_bytes(output)
-    if needed > free:
+def _require_room(planned: Plan) -> None:
+    if planned.bytes_total > planned.bytes_free:
         raise OutputError(
-            f"expected {needed:,} bytes free for {output}, got {free:,}; free some, ask for fewer "
-            "layers or choose another --output"
+            f"expected {planned.bytes_total:,} bytes free for {planned.output}, got "
+            f"{planned.bytes_free:,}, not enough disk; free some, ask for fewer layers or choose "
+            "another --output"
         )
 
 

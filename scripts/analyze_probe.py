@@ -1,0 +1,7 @@
+"""Run a model over prompts and score them with vectors: `probecache validate`."""
+
+import sys
+
+from probecache.cli import main
+
+main(["validate", *sys.argv[1:]])

@@ -1,0 +1,7 @@
+"""Score a cache with vectors: `probecache validate`."""
+
+import sys
+
+from probecache.cli import main
+
+main(["validate", *sys.argv[1:]])

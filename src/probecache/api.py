@@ -1,0 +1,305 @@
+"""The Python API: flat keyword arguments to the options that the workflow takes.
+
+With `model=` in place of `cache=`, `train` and `validate` extract into a temporary cache and go on
+from there: the same code and the same numbers, without the files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probecache.dataset import load_dataset
+from probecache.errors import UsageError
+from probecache.plan import parse_layers
+from probecache.store.reader import Cache, open_cache
+from probecache.store.vectors import SavedVectors, load_vectors
+from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions
+from probecache.workflow.train import train as train_on_cache
+from probecache.workflow.validate import Validation
+from probecache.workflow.validate import validate as validate_on_cache
+
+if TYPE_CHECKING:
+    from probecache.workflow.extract import ExtractRequest, Plan
+
+__all__ = ["extract", "plan_extraction", "train", "validate"]
+
+Data = str | Path | Sequence[Mapping[str, Any]]
+Layers = str | Sequence[int]
+
+
+def extract(
+    *,
+    model: str,
+    data: Data,
+    output: str | Path,
+    layers: Layers = "all",
+    dtype: str | None = None,
+    positions: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: bool = True,
+    keep_special_tokens: bool = False,
+    truncate: bool = False,
+    revision: str | None = None,
+    adapter: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    batch_tokens: int | None = None,
+    allow_nonfinite: bool = False,
+    quiet: bool = False,
+    announce: Callable[[Plan], None] | None = None,
+) -> Cache:
+    """Run a model over labelled prompts and cache the residual stream, or add layers to a cache.
+
+    Args:
+        model: folder or hub id of a Hugging Face causal LM or encoder.
+        data: .json, .jsonl or .csv file, or a list of records.
+        output: the cache's folder: free, or a cache of the same identity that gains layers.
+        layers: "10,20,23", "10-70:10", "all", or numbers; negatives count from the end.
+        dtype: "float32", "float16" or "bfloat16"; None: the checkpoint's own.
+        positions: "last", "mean", "all" or "answer"; None: "last" for pairs, else "all".
+        system_prompt: a system turn put before every prompt.
+        chat_template: False feeds raw text.
+        keep_special_tokens: let "all" and "mean" keep BOS, special and template tokens.
+        truncate: cut the end of texts that are longer than the model's context.
+        revision: branch, tag or commit on the hub.
+        adapter: folder or hub id of a PEFT adapter.
+        device: "cpu", "cuda", "cuda:1" or "mps"; None: the best there is.
+        device_map: "auto" spreads the model over all devices.
+        batch_tokens: most tokens per batch, padding included.
+        allow_nonfinite: keep NaN and Inf, counted, instead of stopping.
+        quiet: no progress on stderr.
+        announce: told the plan before any weight is read.
+
+    Returns:
+        The finished cache, opened for reading.
+
+    Raises:
+        ProbecacheError: bad input, before a weight is read or a byte written; or a run that failed
+            and left nothing behind.
+    """
+    request = _request(
+        model=model,
+        data=data,
+        layers=layers,
+        dtype=dtype,
+        positions=positions,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        keep_special_tokens=keep_special_tokens,
+        truncate=truncate,
+        revision=revision,
+        adapter=adapter,
+        device=device,
+        device_map=device_map,
+        batch_tokens=batch_tokens,
+        allow_nonfinite=allow_nonfinite,
+        quiet=quiet,
+    )
+    from probecache.workflow.extract import extract as run
+
+    return run(request, output, announce)
+
+
+def plan_extraction(*, model: str, data: Data, output: str | Path, **options: Any) -> Plan:
+    """What `extract` with the same arguments would cost; reads no weights and writes nothing.
+
+    Raises:
+        ProbecacheError: whatever `extract` would refuse before it reads a weight.
+    """
+    from probecache.workflow.extract import plan
+
+    return plan(_request(model=model, data=data, **options), output)
+
+
+def train(
+    *,
+    output: str | Path,
+    cache: str | Path | Cache | None = None,
+    model: str | None = None,
+    data: Data | None = None,
+    layers: Layers | None = None,
+    positive_class: str = DEFAULT_POSITIVE_CLASS,
+    **extraction: Any,
+) -> SavedVectors:
+    """Fit a difference-of-means direction per layer.
+
+    Args:
+        output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
+        cache: a cache's folder; or leave it out and give `model` and `data`.
+        layers: which layers; None: all that are cached.
+        positive_class: the class that a higher score means.
+        extraction: with `model`: further arguments of `extract`.
+
+    Returns:
+        The normalised vectors; `.path.parent` is the run's folder.
+
+    Raises:
+        ProbecacheError: see `extract`; or layers or classes that the cache does not hold.
+    """
+    with _source(cache, model, data, layers, extraction) as (opened, name):
+        return train_on_cache(
+            opened,
+            output,
+            layers=_cached_layers(layers, opened),
+            positive_class=positive_class,
+            source=name,
+        )
+
+
+def validate(
+    *,
+    vectors: str | Path | SavedVectors,
+    output: str | Path,
+    cache: str | Path | Cache | None = None,
+    model: str | None = None,
+    data: Data | None = None,
+    layers: Layers | None = None,
+    visualize: bool = False,
+    allow_mismatch: Collection[str] = (),
+    **extraction: Any,
+) -> Validation:
+    """Score prompts with vectors: statistics per prompt, AUROC per layer, report.
+
+    Args:
+        vectors: RUN/normalized_vectors or RUN/vectors.
+        output: folder to write; an earlier validation there is replaced.
+        cache: a cache's folder; or leave it out and give `model` and `data`.
+        data: what the cache was made from (checked), or what to run the model over.
+        layers: which of the vectors' layers; None: all.
+        visualize: plots and report.html too.
+        allow_mismatch: identity fields in which vectors and cache may differ.
+        extraction: with `model`: further arguments of `extract`; dtype, system prompt and chat
+            template are by default those that the vectors were made with.
+
+    Raises:
+        ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
+    """
+    loaded = vectors if isinstance(vectors, SavedVectors) else load_vectors(vectors)
+    if model is not None:
+        extraction = {
+            **_as_trained(loaded),
+            **{k: v for k, v in extraction.items() if v is not None},
+        }
+    wanted = layers if layers is not None else loaded.layers
+    with _source(cache, model, data, wanted, extraction) as (opened, name):
+        return validate_on_cache(
+            opened,
+            loaded,
+            output,
+            dataset=load_dataset(data) if data is not None else None,
+            layers=_cached_layers(layers, opened),
+            visualize=visualize,
+            allow_mismatch=allow_mismatch,
+            source=name,
+        )
+
+
+def _request(
+    *,
+    model: str,
+    data: Data,
+    layers: Layers = "all",
+    dtype: str | None = None,
+    positions: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: bool = True,
+    keep_special_tokens: bool = False,
+    truncate: bool = False,
+    revision: str | None = None,
+    adapter: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    **run: Any,
+) -> ExtractRequest:
+    from probecache.models import ModelOptions
+    from probecache.prompts import PromptOptions
+    from probecache.workflow.extract import ExtractRequest
+
+    return ExtractRequest(
+        model=ModelOptions(
+            model=str(model),
+            revision=revision,
+            dtype=_choice(Dtype, dtype, "dtype"),
+            adapter=adapter,
+            device=device,
+            device_map=device_map,
+        ),
+        data=data,
+        layers=layers,
+        prompts=PromptOptions(
+            positions=_choice(Positions, positions, "positions"),
+            system_prompt=system_prompt,
+            chat_template=chat_template,
+            keep_special_tokens=keep_special_tokens,
+            truncate=truncate,
+        ),
+        **run,
+    )
+
+
+def _choice(kind: Any, value: str | None, name: str) -> Any:
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"expected {name} to be {', '.join(kind)}, got {value!r}") from None
+
+
+@contextmanager
+def _source(
+    cache: str | Path | Cache | None,
+    model: str | None,
+    data: Data | None,
+    layers: Layers | None,
+    extraction: dict[str, Any],
+) -> Iterator[tuple[Cache, str | None]]:
+    """The cache to work on, and how to call it where its path means nothing to a reader."""
+    if (cache is None) == (model is None):
+        raise UsageError(
+            "expected either --cache or --model, got " + ("neither", "both")[bool(cache)]
+        )
+    if cache is not None:
+        given = sorted(name for name, value in extraction.items() if value is not None)
+        if given:
+            raise UsageError(
+                f"expected {', '.join(given)} with --model only, got it with --cache, where the "
+                "activations are already made; leave it out"
+            )
+        yield cache if isinstance(cache, Cache) else open_cache(cache), None
+        return
+    if data is None:
+        raise UsageError("expected --data with --model, got none; name the prompts to run it over")
+    with tempfile.TemporaryDirectory(prefix="probecache-") as folder:
+        yield (
+            extract(
+                model=str(model),
+                data=data,
+                output=Path(folder) / "cache",
+                layers=layers if layers is not None else "all",
+                **{name: value for name, value in extraction.items() if value is not None},
+            ),
+            "(not kept)",
+        )
+
+
+def _cached_layers(layers: Layers | None, cache: Cache) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, str) and layers.strip() == "all":
+        return cache.layers
+    return parse_layers(layers, cache.identity.num_hidden_layers)
+
+
+def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
+    """Options that render and run prompts as those that the vectors were trained on."""
+    identity = vectors.info.identity
+    return {
+        "dtype": identity.dtype,
+        "system_prompt": identity.system_prompt,
+        "chat_template": identity.chat_template is not None,
+    }

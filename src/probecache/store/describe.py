@@ -1,0 +1,80 @@
+"""A cache or a run in words, from its manifests alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from probecache.errors import StoreError
+from probecache.store.layout import LAYER_INFO
+from probecache.store.reader import Cache, open_cache
+from probecache.store.vectors import SavedVectors, load_vectors
+from probecache.types import Identity
+
+__all__ = ["describe"]
+
+
+def describe(path: Path) -> list[str]:
+    """Lines for a terminal; control characters of foreign names are shown, not obeyed.
+
+    Raises:
+        StoreError: neither a cache nor vectors.
+    """
+    if (path / LAYER_INFO).is_file():
+        lines = _cache(open_cache(path))
+    elif any((path / name).is_file() for name in ("vectors.json", "run.json")):
+        lines = _vectors(load_vectors(path))
+    else:
+        raise StoreError(
+            f"expected a cache or a run at {path}, got "
+            f"{'a folder without their manifests' if path.is_dir() else 'nothing there'}; "
+            "name a folder made by probecache extract or train"
+        )
+    return [f"{name:<17} {_printable(value)}" for name, value in lines]
+
+
+def _cache(cache: Cache) -> list[tuple[str, str]]:
+    info, timing = cache.info, cache.info.timing
+    size = sum(record.bytes for record in info.files.values())
+    classes = (f"{c} {r.examples} examples, {r.rows} rows" for c, r in info.classes.items())
+    return [
+        ("cache", str(cache.path)),
+        *_identity(cache.identity),
+        ("layers", ",".join(map(str, cache.layers))),
+        ("positions", str(info.positions)),
+        ("examples", f"{info.num_examples} ({'; '.join(classes)})"),
+        ("tensors", f"{size:,} bytes in {len(info.files)} files"),
+        ("rows with NaN/Inf", str(sum(info.non_finite.values()))),
+        ("created", f"{info.created}, extracted in {timing.get('extract_s', 0.0):.1f} s"),
+        ("layer convention", info.layer_convention),
+    ]
+
+
+def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
+    info = vectors.info
+    return [
+        ("vectors", f"{vectors.path} ({'unit norm' if info.normalized else 'raw'})"),
+        ("method", info.method),
+        ("higher means", f"{info.positive_class} (against {info.negative_class})"),
+        *_identity(info.identity),
+        ("layers", ",".join(map(str, vectors.layers))),
+        ("trained on", info.source_cache),
+        ("layer convention", info.layer_convention),
+    ]
+
+
+def _identity(identity: Identity) -> list[tuple[str, str]]:
+    name = identity.model + (f" @ {identity.revision}" if identity.revision else "")
+    versions = ", ".join(f"{name} {number}" for name, number in identity.versions.items())
+    return [
+        ("model", f"{name} ({identity.architecture}, {identity.num_hidden_layers} blocks)"),
+        ("hidden size", str(identity.hidden_size)),
+        ("dtype", identity.dtype + (" quantised" if identity.quantization else "")),
+        ("adapter", identity.adapter or "none"),
+        ("prompts", "chat template" if identity.chat_template else "raw text"),
+        ("system prompt", repr(identity.system_prompt) if identity.system_prompt else "none"),
+        ("versions", versions),
+    ]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
