@@ -83,11 +83,11 @@ def _baseline(pairs: Path, prompts: Path) -> AurocEstimate:
 def _print_result(result: Validation, words: AurocEstimate) -> None:
     print(f"{'layer':>6} {'AUROC':>7}  95% interval")
     for layer in result.layers:
-        area, best = layer.auroc, layer is result.best
+        area, mark = layer.auroc, " <- best" if layer is result.best else ""
         bar = "#" * round(40 * max(area.auroc - 0.5, 0) / 0.5)
         print(
             f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]  "
-            f"{bar}{' <- best' if best else ''}"
+            f"{bar}{mark}"
         )
     best = result.best.auroc
     print(
