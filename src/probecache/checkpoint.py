@@ -1,26 +1,36 @@
-"""A checkpoint's safetensors files: what tensors they hold and what tells them from others.
+"""A model's files: where they are, what tensors they hold, what tells them from others.
 
 Reads headers and small samples, never whole weights. Guarantee: a header is believed only as far as
-the file's size bears it out, and a name in an index never leads outside the folder. Which tensors a
-model needs is not known here.
+the file's size bears it out, and a name in an index never leads outside the folder. How an
+architecture names its tensors is told from outside (`Naming`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probecache.errors import ModelError, first_line
+from probecache.errors import ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["StoredTensor", "hub_tensors", "stored_tensors"]
+__all__ = [
+    "Naming",
+    "StoredTensor",
+    "Weights",
+    "folder_of",
+    "hub_tensors",
+    "stored_tensors",
+    "weight_files",
+]
 
 _INDEX = "model.safetensors.index.json"
 _PIECE, _PIECES = 64 << 10, 8
@@ -53,6 +63,116 @@ class StoredTensor:
             step = (self.size - _PIECE) // (_PIECES - 1)
             places = (self.offset + number * step for number in range(_PIECES))
             return what + b"".join(os.pread(file.fileno(), _PIECE, place) for place in places)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How an architecture names its tensors.
+
+    Attributes:
+        wrappers: names under which a model with a head nests the model without.
+        children: top-level names of the model without head.
+        block_list: name of the list that holds the blocks.
+        not_text: words in the names of towers whose blocks are not the language model's.
+    """
+
+    wrappers: frozenset[str]
+    children: frozenset[str]
+    block_list: str
+    not_text: tuple[str, ...]
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a tensor belongs to, or None."""
+        relative = self._unwrapped(name)
+        if any(word in relative for word in self.not_text):
+            return None
+        match = re.search(rf"(?:^|\.){re.escape(self.block_list)}\.(\d+)\.", relative)
+        return int(match[1]) if match else None
+
+    def in_base(self, name: str) -> bool:
+        """Whether a tensor belongs to the model without head."""
+        return self._unwrapped(name).split(".")[0] in self.children
+
+    def _unwrapped(self, name: str) -> str:
+        first, _, rest = name.partition(".")
+        while rest and first not in self.children and first in self.wrappers:
+            name = rest
+            first, _, rest = name.partition(".")
+        return name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's tensors by name, and which of them a cut model needs."""
+
+    tensors: Mapping[str, StoredTensor]
+    naming: Naming
+
+    def needed(self, depth: int) -> list[StoredTensor]:
+        """Tensors that loading the first `depth` blocks reads: no head, no deeper block."""
+        blocks = max(depth, 1)
+        return [
+            tensor
+            for name, tensor in self.tensors.items()
+            for block in [self.naming.block_of(name)]
+            if (self.naming.in_base(name) if block is None else block < blocks)
+        ]
+
+    def fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
+        """For each layer, a hash of the embeddings and of all blocks below it.
+
+        Tensors up to 512 KB are hashed whole, larger ones at eight places of 64 KB each, together
+        with names, shapes and dtypes. Two trainings differ everywhere, so this tells them apart
+        without reading 140 GB a second time; a forged single weight it may miss.
+        """
+        by_block: dict[int, list[StoredTensor]] = {}
+        for tensor in self.needed(max(layers)):
+            block = self.naming.block_of(tensor.name)
+            by_block.setdefault(-1 if block is None else block, []).append(tensor)
+        running, found = hashlib.sha256(), {}
+        for depth in range(max(layers) + 1):
+            for tensor in sorted(by_block.get(depth - 1, []), key=lambda t: t.name):
+                if depth or not _is_final_norm(tensor.name):
+                    running.update(tensor.sample())
+            if depth in layers:
+                found[depth] = running.hexdigest()
+        return found
+
+
+def _is_final_norm(name: str) -> bool:
+    """A final norm stands outside the blocks but decides nothing in the residual stream."""
+    return bool(re.search(r"(^|\.)(norm|ln_f|final_layer_norm|final_layernorm)\.", name))
+
+
+# ---------------------------------------------------------------- files
+
+
+def folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """A local folder as it is; a hub id as its snapshot, with the files of these patterns.
+
+    Raises:
+        ModelError: neither a folder nor a hub id that can be reached.
+        UsageError: a revision of a local folder.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"expected --revision with a hub id only, got the folder {name}")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"expected a model folder or a hub id such as org/name at {name}, got "
+            f"{'a file' if path.exists() else 'nothing there'}; check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        raise ModelError(
+            f"expected a model folder or a hub id that can be reached, got {name}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def stored_tensors(folder: Path) -> Iterator[StoredTensor]:

@@ -86,8 +86,7 @@ def _print_result(result: Validation, words: AurocEstimate) -> None:
         area, mark = layer.auroc, " <- best" if layer is result.best else ""
         bar = "#" * round(40 * max(area.auroc - 0.5, 0) / 0.5)
         print(
-            f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]  "
-            f"{bar}{mark}"
+            f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]  {bar}{mark}"
         )
     best = result.best.auroc
     print(

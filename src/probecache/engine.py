@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from probecache.errors import OutOfMemoryError
-from probecache.models import hidden_of
+from probecache.loaded import hidden_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
 
-    from probecache.models import LoadedModel
+    from probecache.loaded import LoadedModel
     from probecache.plan import Batch
     from probecache.types import TokenizedPrompt
 

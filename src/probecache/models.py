@@ -1,6 +1,6 @@
 """Models: what they are, which of their weights are needed, where their blocks are.
 
-The sole home of knowledge about architectures and the sole importer of transformers. Two steps:
+The sole importer of transformers. Two steps:
 
     open_model(options) -> ModelSource    config and tokenizer; reads no weights
     ModelSource.load(depth) -> LoadedModel  the embeddings and the first `depth` blocks
@@ -14,14 +14,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probecache.checkpoint import StoredTensor, hub_tensors, stored_tensors
+from probecache.checkpoint import (
+    Naming,
+    Weights,
+    folder_of,
+    hub_tensors,
+    stored_tensors,
+    weight_files,
+)
 from probecache.errors import ModelError, UsageError, first_line
+from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
 from probecache.prompts import TokenizerFacts
 from probecache.types import Dtype
 
@@ -30,12 +37,9 @@ if TYPE_CHECKING:
 
     from probecache.prompts import Tokenizer
 
-__all__ = ["LoadedModel", "ModelOptions", "ModelSource", "open_model"]
+__all__ = ["ModelOptions", "ModelSource", "open_model"]
 
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-# Names under which architectures keep the list of their blocks.
-_BLOCK_LISTS = ("layers", "h", "layer", "blocks", "block")
-_NOT_TEXT = ("vision", "visual", "audio", "image", "speech")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def open_model(options: ModelOptions) -> ModelSource:
     """
     if options.device and options.device_map:
         raise UsageError("expected either --device or --device-map, got both; leave one out")
-    folder = _folder_of(options.model, options.revision, _SETTINGS_FILES)
+    folder = folder_of(options.model, options.revision, _SETTINGS_FILES)
     quiet_transformers()
     source = ModelSource(options, folder, _read_config(folder, options.model))
     source.check_architecture()
@@ -189,7 +193,7 @@ class ModelSource:
         """The adapter's folder, fetched if it lies on the hub."""
         if self.options.adapter is None:
             return None
-        folder = _folder_of(self.options.adapter, None, [*_SETTINGS_FILES, "*.safetensors"])
+        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, "*.safetensors"])
         if not (folder / "adapter_model.safetensors").is_file():
             raise ModelError(
                 f"expected adapter_model.safetensors in {self.options.adapter}, got none; "
@@ -233,69 +237,58 @@ class ModelSource:
                 "code: convert them with save_pretrained and use the result"
             )
 
-    @property
-    def _is_local(self) -> bool:
-        return Path(self.options.model).is_dir()
-
     # -- weights on disk
 
     @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the checkpoint, from the headers of its files."""
-        if self._is_local:
+    def weights(self) -> Weights:
+        """What the checkpoint holds, from the headers of its files."""
+        if self._weights_are_here:
             tensors = stored_tensors(self.folder)
         else:
             tensors = hub_tensors(self.options.model, self.options.revision)
-        return {tensor.name: tensor for tensor in tensors}
-
-    def needed_tensors(self, depth: int) -> list[StoredTensor]:
-        """Tensors that loading the first `depth` blocks reads: no head, no deeper block."""
-        needed = []
-        for name, tensor in self.tensors.items():
-            block = self._block_of(name)
-            wanted = self._belongs_to_base(name) if block is None else block < max(depth, 1)
-            if wanted:
-                needed.append(tensor)
-        return needed
+        return Weights({tensor.name: tensor for tensor in tensors}, self._naming())
 
     def weight_bytes(self, depth: int) -> int:
         """Bytes of weights that loading the first `depth` blocks reads."""
-        return sum(tensor.size for tensor in self.needed_tensors(depth))
+        return sum(tensor.size for tensor in self.weights.needed(depth))
 
     def loaded_bytes(self, depth: int) -> int:
         """Bytes that the first `depth` blocks take in memory."""
         if self.quantization is not None:
             return self.weight_bytes(depth)
-        return self.dtype.itemsize * sum(t.count for t in self.needed_tensors(depth))
+        return self.dtype.itemsize * sum(t.count for t in self.weights.needed(depth))
 
     def weights_fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
-        """For each layer, a hash of the embeddings and of all blocks below it.
+        """For each layer, a hash of the embeddings and of all blocks below it; fetches the weights.
 
-        Tensors up to 512 KB are hashed whole, larger ones at eight places of 64 KB each, together
-        with names, shapes and dtypes. Two trainings differ everywhere, so this tells them apart
-        without reading 140 GB a second time; a forged single weight it may miss.
+        See `Weights.fingerprints`.
         """
-        by_block: dict[int, list[StoredTensor]] = {}
-        for tensor in self.needed_tensors(max(layers)):
-            block = self._block_of(tensor.name)
-            by_block.setdefault(-1 if block is None else block, []).append(tensor)
-        running, found = hashlib.sha256(), {}
-        for depth in range(max(layers) + 1):
-            for tensor in sorted(by_block.get(depth - 1, []), key=lambda t: t.name):
-                if depth or not _is_final_norm(tensor.name):
-                    running.update(tensor.sample())
-            if depth in layers:
-                found[depth] = running.hexdigest()
-        return found
+        self.fetch_weights()
+        return self.weights.fingerprints(layers)
+
+    def fetch_weights(self) -> None:
+        """Download the weights of a hub model into the snapshot that its config came from."""
+        if not self._weights_are_here:
+            commit = self.folder.name  # a moved branch must not mix two versions
+            folder_of(self.options.model, commit, [*_SETTINGS_FILES, "*.safetensors"])
+            self.__dict__.pop("weights", None)
+
+    @property
+    def _is_local(self) -> bool:
+        return Path(self.options.model).is_dir()
+
+    @property
+    def _weights_are_here(self) -> bool:
+        names = weight_files(self.folder)
+        return bool(names) and all((self.folder / name).is_file() for name in names)
 
     def _stored_dtype(self) -> str:
         words = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        largest = max(self.tensors.values(), key=lambda tensor: tensor.size)
+        largest = max(self.weights.tensors.values(), key=lambda tensor: tensor.size)
         return words.get(largest.dtype, largest.dtype)
 
-    @cached_property
-    def _base_names(self) -> tuple[str, set[str], str]:
-        """Prefix, children and path of the block list of the model without head, built on meta."""
+    def _naming(self) -> Naming:
+        """Names in the model without head, read off one built without weights."""
         import torch
         from transformers import AutoModel
 
@@ -304,34 +297,12 @@ class ModelSource:
         path, _ = find_blocks(model, 1)
         children = {name for name, _ in model.named_children()}
         children |= {name.split(".")[0] for name, _ in model.named_parameters()}
-        return model.base_model_prefix, children - {"pooler"}, path
-
-    def _relative(self, name: str) -> str:
-        prefix, children, _ = self._base_names
-        # Saved with a head, a checkpoint nests the model under its prefix; without, it does not.
-        while (
-            name.split(".")[0] not in children
-            and "." in name
-            and name.split(".")[0]
-            in (
-                prefix,
-                "model",
-                "transformer",
-            )
-        ):
-            name = name.split(".", 1)[1]
-        return name
-
-    def _block_of(self, name: str) -> int | None:
-        path = self._base_names[2].rsplit(".", 1)[-1]
-        relative = self._relative(name)
-        if any(word in relative for word in _NOT_TEXT):
-            return None
-        match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.", relative)
-        return int(match[1]) if match else None
-
-    def _belongs_to_base(self, name: str) -> bool:
-        return self._relative(name).split(".")[0] in self._base_names[1]
+        return Naming(
+            wrappers=frozenset({model.base_model_prefix, "model", "transformer"}),
+            children=frozenset(children - {"pooler"}),
+            block_list=path.rsplit(".", 1)[-1],
+            not_text=NOT_TEXT,
+        )
 
     # -- loading
 
@@ -344,15 +315,11 @@ class ModelSource:
         import torch
         from transformers import AutoModel
 
-        folder = self.folder
-        if not self._is_local:
-            folder = _folder_of(
-                self.options.model, self.options.revision, [*_SETTINGS_FILES, "*.safetensors"]
-            )
+        self.fetch_weights()
         device = self._device()
         try:
             model, report = AutoModel.from_pretrained(
-                folder,
+                self.folder,
                 config=_truncated(self.config, max(depth, 1)),
                 dtype=getattr(torch, self.dtype),
                 device_map=self.options.device_map or str(device),
@@ -432,95 +399,6 @@ class ModelSource:
         return model.eval()
 
 
-# ---------------------------------------------------------------- loaded
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model cut behind its first `depth` blocks, without head."""
-
-    model: Any
-    depth: int
-
-    @cached_property
-    def blocks(self) -> Any:
-        """The blocks, as a list of modules."""
-        return find_blocks(self.model, self.depth)[1]
-
-    @property
-    def input_device(self) -> torch.device:
-        """Where token ids go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
-
-    @property
-    def attention(self) -> str:
-        """The attention implementation that transformers chose."""
-        return str(getattr(self.model.config, "_attn_implementation", None))
-
-    @property
-    def pad_token_id(self) -> int:
-        """Some id to fill a batch with; the model's own, because RoBERTa counts positions by it."""
-        value = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        return value if isinstance(value, int) and value >= 0 else 0
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **more: Any
-    ) -> Any:
-        """The model's own forward, without KV cache."""
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
-        )
-
-    def plain_hidden_states(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Residual stream of one prompt as Hugging Face itself hands it out, for comparison.
-
-        Args:
-            input_ids: [1, tokens].
-
-        Returns:
-            `depth` + 1 tensors [tokens, hidden]. The last is taken behind the last block, because
-            Hugging Face norms that entry in most models.
-        """
-        caught: list[Any] = []
-        handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: caught.append(out))
-        try:
-            states = self.forward(input_ids, None, output_hidden_states=True).hidden_states
-        finally:
-            handle.remove()
-        return [state[0] for state in states[: self.depth]] + [hidden_of(caught[-1])[0]]
-
-
-def hidden_of(output: Any) -> torch.Tensor:
-    """The residual stream in what a block was given or returned: a tensor, or first of a tuple."""
-    tensor: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return tensor
-
-
-def find_blocks(model: Any, depth: int) -> tuple[str, Any]:
-    """Path and list of a model's blocks.
-
-    Raises:
-        ModelError: no list of `depth` modules under a name that architectures use.
-    """
-    import torch
-
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and len(module) == depth
-        and path.rsplit(".", 1)[-1] in _BLOCK_LISTS
-        and not any(word in path for word in _NOT_TEXT)
-    ]
-    if not found:
-        raise ModelError(
-            f"expected {type(model).__name__} to keep its {depth} blocks in one list, found none; "
-            "this architecture is not supported"
-        )
-    return min(found, key=lambda pair: pair[0].count("."))
-
-
 # ---------------------------------------------------------------- files and config
 
 
@@ -555,30 +433,3 @@ def _truncated(config: Any, depth: int) -> Any:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
     return config
-
-
-def _folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """A local folder as it is; a hub id as its snapshot, with the files of these patterns."""
-    path = Path(name)
-    if path.is_dir():
-        if revision is not None:
-            raise UsageError(f"expected --revision with a hub id only, got the folder {name}")
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"expected a model folder or a hub id such as org/name at {name}, got "
-            f"{'a file' if path.exists() else 'nothing there'}; check the path"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds
-        raise ModelError(
-            f"expected a folder {name} or a hub id that can be reached, got: {first_line(error)}"
-        ) from error
-
-
-def _is_final_norm(name: str) -> bool:
-    """A final norm stands outside the blocks but decides nothing in the residual stream."""
-    return bool(re.search(r"(^|\.)(norm|ln_f|final_layer_norm|final_layernorm)\.", name))

@@ -28,7 +28,8 @@ from probecache.dataset import Dataset, load_dataset
 from probecache.engine import ResidentEngine
 from probecache.errors import NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
-from probecache.models import LoadedModel, ModelOptions, ModelSource, open_model
+from probecache.loaded import LoadedModel
+from probecache.models import ModelOptions, ModelSource, open_model
 from probecache.plan import (
     Batch,
     count_distinct_prefixes,

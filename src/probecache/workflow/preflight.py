@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from probecache.engine import Engine
-    from probecache.models import LoadedModel
+    from probecache.loaded import LoadedModel
 
 __all__ = ["check_engine", "tolerance"]
 
