@@ -15,7 +15,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, UsageError, first_line
 
@@ -32,7 +32,10 @@ __all__ = [
     "weight_files",
 ]
 
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Bits of one element, for the dtypes that torch can load.
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16}
+_BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 _PIECE, _PIECES = 64 << 10, 8
 
 
@@ -141,7 +144,9 @@ class Weights:
 
 def _is_final_norm(name: str) -> bool:
     """A final norm stands outside the blocks but decides nothing in the residual stream."""
-    return bool(re.search(r"(^|\.)(norm|ln_f|final_layer_norm|final_layernorm)\.", name))
+    if "embed" in name:  # ModernBERT norms its embeddings under the same name
+        return False
+    return bool(re.search(r"(^|\.)(norm|norm_f|ln_f|final_(norm|layer_norm|layernorm))\.", name))
 
 
 # ---------------------------------------------------------------- files
@@ -202,18 +207,19 @@ def hub_tensors(name: str, revision: str | None) -> Iterator[StoredTensor]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up a checkpoint, from its index where it has one."""
+    """Names of the safetensors files that make up a checkpoint: those that transformers loads."""
     index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"expected a weight_map in {index}, got: {error!r}") from error
-        if any(not isinstance(n, str) or Path(n).name != n for n in names):
-            raise ModelError(f"expected plain file names in {index}, got a path")
-        return names
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return ["model.safetensors"] if "model.safetensors" in names else names
+    if (folder / _SINGLE).is_file() or not index.is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        return [_SINGLE] if _SINGLE in names else names
+    try:
+        listed = list(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"expected a weight_map in {index}, got: {error!r}") from error
+    for name in listed:
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
+            raise ModelError(f"expected plain file names in {index}, got {name!r}")
+    return sorted(set(listed))
 
 
 def _read_header(path: Path) -> Iterator[StoredTensor]:
@@ -226,14 +232,25 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
             header = json.loads(file.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                at = 8 + length + start
-                if not 0 <= start <= stop <= size - 8 - length:
-                    raise ValueError(f"tensor {name} lies outside the file")
-                yield StoredTensor(
-                    name, entry["dtype"], tuple(entry["shape"]), stop - start, path, at
-                )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                yield _checked(name, entry, path, 8 + length, size)
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(struct.error, RecursionError),
+    ) as error:
         raise ModelError(
             f"expected a safetensors file at {path}, got: {first_line(error)}; download it again"
         ) from error
+
+
+def _checked(name: str, entry: dict[str, Any], path: Path, data: int, size: int) -> StoredTensor:
+    """A header's entry, held against the file's size; `data` is where its tensors begin."""
+    (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+    if not 0 <= start <= stop <= size - data:
+        raise ValueError(f"tensor {name} lies outside the file")
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"tensor {name} of shape {shape}")
+    tensor = StoredTensor(name, str(entry["dtype"]), shape, stop - start, path, data + start)
+    bits = _BITS.get(tensor.dtype)
+    if bits is not None and tensor.count * bits != tensor.size * 8:
+        raise ValueError(f"tensor {name} of shape {shape} {tensor.dtype} in {tensor.size} bytes")
+    return tensor

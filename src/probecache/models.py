@@ -16,6 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,10 +194,12 @@ class ModelSource:
         """The adapter's folder, fetched if it lies on the hub."""
         if self.options.adapter is None:
             return None
-        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, "*.safetensors"])
+        folder = folder_of(
+            self.options.adapter, None, [*_SETTINGS_FILES, "adapter_model.safetensors"]
+        )
         if not (folder / "adapter_model.safetensors").is_file():
             raise ModelError(
-                f"expected adapter_model.safetensors in {self.options.adapter}, got none; "
+                f"expected {weights} in {self.options.adapter}, got none; "
                 "save the adapter with safetensors"
             )
         return folder
@@ -228,7 +231,21 @@ class ModelSource:
                 )
 
     def check_weights(self) -> None:
-        """Refuse a folder without safetensors; what the hub has is seen when headers are read."""
+        """Refuse a folder without safetensors; what the hub has is seen when headers are read.
+
+        And refuse what would make transformers load other weights than those that are named.
+        """
+        if getattr(self.config, "transformers_weights", None) is not None:
+            raise ModelError(
+                f"expected the weights of {self.options.model} under their usual names, got the "
+                "entry transformers_weights in its config, which names another file; remove it"
+            )
+        if (self.folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"expected a model without an adapter in {self.options.model}, got an "
+                "adapter_config.json beside it; name the base with --model and the adapter's own "
+                "folder with --adapter"
+            )
         if self._is_local and not list(self.folder.glob("*.safetensors")):
             pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             got = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
@@ -270,7 +287,7 @@ class ModelSource:
         """Download the weights of a hub model into the snapshot that its config came from."""
         if not self._weights_are_here:
             commit = self.folder.name  # a moved branch must not mix two versions
-            folder_of(self.options.model, commit, [*_SETTINGS_FILES, "*.safetensors"])
+            folder_of(self.options.model, commit, [*_SETTINGS_FILES, "model*.safetensors"])
             self.__dict__.pop("weights", None)
 
     @property
@@ -279,6 +296,8 @@ class ModelSource:
 
     @property
     def _weights_are_here(self) -> bool:
+        if self._is_local:
+            return True
         names = weight_files(self.folder)
         return bool(names) and all((self.folder / name).is_file() for name in names)
 
@@ -322,7 +341,7 @@ class ModelSource:
                 self.folder,
                 config=_truncated(self.config, max(depth, 1)),
                 dtype=getattr(torch, self.dtype),
-                device_map=self.options.device_map or str(device),
+                device_map=self._device_map(device),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -338,6 +357,8 @@ class ModelSource:
                 f"expected to load {self.options.model}, got: {first_line(error)}"
             ) from error
         self._check_loaded(report)
+        if self.options.device_map is None:
+            model = model.to(device)
         model = self._with_adapter(model.eval())
         return LoadedModel(model, max(depth, 1))
 
@@ -358,6 +379,16 @@ class ModelSource:
                 f"expected the device {name} to be there, got: {first_line(error)}; pass --device"
             ) from error
         return device
+
+    def _device_map(self, device: torch.device) -> str | None:
+        """Where the weights go as they are read.
+
+        Transformers asks for accelerate even for a single device; without it they are read into
+        memory and moved from there.
+        """
+        if self.options.device_map is not None:
+            return self.options.device_map
+        return str(device) if device.type != "cpu" and find_spec("accelerate") else None
 
     def _check_loaded(self, report: dict[str, Any]) -> None:
         # Transformers fills missing weights with noise and goes on; a probe of noise looks real.

@@ -56,9 +56,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExtractRequest", "Plan", "extract", "plan"]
 
-# Tokens per batch, padding included. Larger batches were no faster on the CPU (docs/lab-notes.md);
-# on an accelerator small ones leave it idle.
-_TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384, "mps": 8192}
+# Tokens per batch, padding included. On a CPU larger batches only add padding
+# (docs/lab-notes.md); on an accelerator small ones leave it idle.
+_TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def extract(
     identity = replace(identity, attention=model.attention)
     if existing is not None:
         require_same(existing.identity, identity, EXTENDING, what=f"Cache {output} and this run")
-    budget = request.batch_tokens or _TOKEN_BUDGET.get(model.input_device.type, 4096)
+    budget = request.batch_tokens or _TOKEN_BUDGET.get(model.input_device.type, 16384)
     engine = ResidentEngine(model)
     check_engine(engine, model, prepared.prompts, blueprint.layers, prepared.source.dtype, budget)
     with open_writer(output, blueprint, existing.info if existing else None) as writer:
@@ -380,7 +380,7 @@ def _estimate_memory(prepared: Preparation, layers: tuple[int, ...]) -> int:
         return 0
     source, config = prepared.source, prepared.source.text_config
     device = (prepared.request.model.device or "cpu").split(":")[0]
-    budget = prepared.request.batch_tokens or _TOKEN_BUDGET.get(device, 4096)
+    budget = prepared.request.batch_tokens or _TOKEN_BUDGET.get(device, 16384)
     working_set = estimate_working_set(
         plan_batches([len(prompt) for prompt in prepared.prompts], budget),
         hidden_size=source.hidden_size,
