@@ -336,17 +336,20 @@ class ModelSource:
 
         self.fetch_weights()
         device = self._device()
+        device_map = self._device_map(device)
         try:
             model, report = AutoModel.from_pretrained(
                 self.folder,
                 config=_truncated(self.config, max(depth, 1)),
                 dtype=getattr(torch, self.dtype),
-                device_map=self._device_map(device),
+                device_map=device_map,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
             )
+            if device_map is None:
+                model.to(device)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"expected room for the weights on {device}, got: {first_line(error)}; ask for "
@@ -357,8 +360,6 @@ class ModelSource:
                 f"expected to load {self.options.model}, got: {first_line(error)}"
             ) from error
         self._check_loaded(report)
-        if self.options.device_map is None:
-            model = model.to(device)
         model = self._with_adapter(model.eval())
         return LoadedModel(model, max(depth, 1))
 
