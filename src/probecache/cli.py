@@ -442,7 +442,16 @@ def _print_validation(result: Validation) -> None:
 
 
 def _list(layers: tuple[int, ...]) -> str:
-    return ",".join(map(str, layers))
+    """Layers as --layers takes them, three or more in a row as a range."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
+    )
 
 
 def _bytes(count: int) -> str:

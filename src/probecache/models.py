@@ -194,10 +194,9 @@ class ModelSource:
         """The adapter's folder, fetched if it lies on the hub."""
         if self.options.adapter is None:
             return None
-        folder = folder_of(
-            self.options.adapter, None, [*_SETTINGS_FILES, "adapter_model.safetensors"]
-        )
-        if not (folder / "adapter_model.safetensors").is_file():
+        weights = "adapter_model.safetensors"
+        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, weights])
+        if not (folder / weights).is_file():
             raise ModelError(
                 f"expected {weights} in {self.options.adapter}, got none; "
                 "save the adapter with safetensors"
