@@ -198,7 +198,7 @@ class ModelSource:
         folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, weights])
         if not (folder / weights).is_file():
             raise ModelError(
-                f"expected {weights} in {self.options.adapter}, got none; "
+                f"expected adapter_model.safetensors in {self.options.adapter}, got none; "
                 "save the adapter with safetensors"
             )
         return folder
