@@ -28,6 +28,7 @@ __all__ = [
     "Weights",
     "folder_of",
     "hub_tensors",
+    "read_header",
     "stored_tensors",
     "weight_files",
 ]
@@ -187,7 +188,7 @@ def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
         ModelError: an index or a file that is not what it should be.
     """
     for name in weight_files(folder):
-        yield from _read_header(folder / name)
+        yield from read_header(folder / name)
 
 
 def hub_tensors(name: str, revision: str | None) -> Iterator[StoredTensor]:
@@ -222,7 +223,12 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(listed))
 
 
-def _read_header(path: Path) -> Iterator[StoredTensor]:
+def read_header(path: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        ModelError: the file's header is not what it should be.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

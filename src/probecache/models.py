@@ -25,6 +25,7 @@ from probecache.checkpoint import (
     Weights,
     folder_of,
     hub_tensors,
+    read_header,
     stored_tensors,
     weight_files,
 )
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelOptions", "ModelSource", "open_model"]
 
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,13 @@ class ModelSource:
         """The adapter's folder, fetched if it lies on the hub."""
         if self.options.adapter is None:
             return None
-        weights = "adapter_model.safetensors"
-        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, weights])
-        if not (folder / weights).is_file():
-            raise ModelError(
-                f"expected adapter_model.safetensors in {self.options.adapter}, got none; "
-                "save the adapter with safetensors"
-            )
+        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, _ADAPTER_FILES[1]])
+        for name in _ADAPTER_FILES:
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"expected {name} in {self.options.adapter}, got none; save the adapter with "
+                    "peft's save_pretrained"
+                )
         return folder
 
     @cached_property
@@ -209,7 +211,7 @@ class ModelSource:
         if self.adapter_folder is None:
             return None
         digest = hashlib.sha256()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in _ADAPTER_FILES:
             digest.update((self.adapter_folder / name).read_bytes())
         return digest.hexdigest()
 
@@ -421,13 +423,35 @@ class ModelSource:
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
             setattr(shell, shell.base_model_prefix, model)
-            PeftModel.from_pretrained(shell, str(self.adapter_folder), is_trainable=False)
+            adapted = PeftModel.from_pretrained(shell, str(self.adapter_folder), is_trainable=False)
+            self._check_adapter(adapted, self.adapter_folder / _ADAPTER_FILES[1])
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise ModelError(
                 f"expected an adapter for this model in {self.options.adapter}, got: "
                 f"{first_line(error)}"
             ) from error
         return model.eval()
+
+    def _check_adapter(self, adapted: Any, file: Path) -> None:
+        """Peft skips what does not fit with a warning at most; half an adapter is another model."""
+        from peft import get_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTuner
+
+        config = adapted.active_peft_config
+        by_tokens = getattr(config, "alora_invocation_tokens", None)  # switched on by the input
+        if (
+            not isinstance(adapted.base_model, BaseTuner)
+            or config.peft_type == "XLORA"
+            or by_tokens
+        ):
+            raise ValueError(f"one of the type {config.peft_type.value}, not inside the blocks")
+        stored = {tensor.name for tensor in read_header(file)}
+        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored
+        if missing:
+            raise ValueError(f"one without the weights {min(missing)}")
+        block_of = self.weights.naming.block_of
+        if any((block_of(name) or 0) >= self.num_hidden_layers for name in stored):
+            raise ValueError("one of a deeper model")
 
 
 # ---------------------------------------------------------------- files and config
