@@ -19,7 +19,7 @@ from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions
 from probecache.workflow.train import train as train_on_cache
-from probecache.workflow.validate import Validation
+from probecache.workflow.validate import Validation, require_data
 from probecache.workflow.validate import validate as validate_on_cache
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def train(
     Args:
         output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
         cache: a cache's folder; or leave it out and give `model` and `data`.
+        model: folder or hub id of the model to run instead.
+        data: what to run the model over, or what the cache was made from (checked).
         layers: which layers; None: all that are cached.
         positive_class: the class that a higher score means.
         extraction: with `model`: further arguments of `extract`.
@@ -141,6 +143,8 @@ def train(
         ProbecacheError: see `extract`; or layers or classes that the cache does not hold.
     """
     with _source(cache, model, data, layers, extraction) as (opened, name):
+        if cache is not None and data is not None:
+            require_data(opened, load_dataset(data))
         return train_on_cache(
             opened,
             output,
@@ -184,14 +188,15 @@ def validate(
             **_as_trained(loaded),
             **{k: v for k, v in extraction.items() if v is not None},
         }
-    wanted = layers if layers is not None else loaded.layers
+    everything = layers is None or (isinstance(layers, str) and layers.strip() == "all")
+    wanted = loaded.layers if everything else layers
     with _source(cache, model, data, wanted, extraction) as (opened, name):
         return validate_on_cache(
             opened,
             loaded,
             output,
             dataset=load_dataset(data) if data is not None else None,
-            layers=_cached_layers(layers, opened),
+            layers=_cached_layers(wanted, opened),
             visualize=visualize,
             allow_mismatch=allow_mismatch,
             source=name,
@@ -261,10 +266,11 @@ def _source(
     """The cache to work on, and how to call it where its path means nothing to a reader."""
     if (cache is None) == (model is None):
         raise UsageError(
-            "expected either --cache or --model, got " + ("neither", "both")[bool(cache)]
+            f"expected either --cache or --model, got {'neither' if cache is None else 'both'}"
         )
     if cache is not None:
-        given = sorted(name for name, value in extraction.items() if value is not None)
+        unused = {"quiet", "announce"}  # what only tells or hushes does no harm
+        given = sorted(n for n, v in extraction.items() if v is not None and n not in unused)
         if given:
             raise UsageError(
                 f"expected {', '.join(given)} with --model only, got it with --cache, where the "

@@ -72,7 +72,7 @@ def commit_folder(temporary: Path, final: Path) -> None:
     `final` must not exist, or be an empty folder.
 
     Raises:
-        OutputError: something has appeared at `final` meanwhile; `temporary` is left as it is.
+        OutputError: something has appeared at `final` meanwhile; the result is kept beside it.
     """
     for folder, _, names in os.walk(temporary):
         for name in names:
@@ -83,9 +83,12 @@ def commit_folder(temporary: Path, final: Path) -> None:
         temporary.rename(final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            # Not under the temporary name: what bears that is removed when the run ends.
+            kept = Path(tempfile.mkdtemp(prefix=f"{final.name}.kept-", dir=final.parent))
+            temporary.rename(kept)
             raise OutputError(
                 f"expected nothing at {final}, but something was put there during the run; "
-                f"the finished result lies in {temporary}: move it to a free name"
+                f"the finished result lies in {kept}: move it to a free name"
             ) from error
         raise
     sync_folder(final.parent)
@@ -94,6 +97,8 @@ def commit_folder(temporary: Path, final: Path) -> None:
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A fresh folder beside `final`, on one file system with it; removed on exit if still there."""
+    if final.name in ("", ".."):
+        raise OutputError(f"expected --output to name a folder, got {str(final)!r}")
     with disk_errors_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(

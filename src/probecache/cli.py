@@ -31,7 +31,6 @@ app = typer.Typer(
 )
 
 _ERROR = 2
-_INTERRUPTED = 130
 
 # ---------------------------------------------------------------- options that commands share
 
@@ -480,3 +479,6 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a name too long, a disk that fails: nothing a module foresaw
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        sys.exit(_ERROR)

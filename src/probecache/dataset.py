@@ -132,10 +132,11 @@ def _read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        start = error.start + len(content) - len(error.object)  # a BOM is cut off before decoding
+        line = content.count(b"\n", 0, start) + 1
         raise DataError(
-            f"{path}, line {line}: expected UTF-8, got the byte 0x{content[error.start]:02x} "
-            f"at offset {error.start}; save the file as UTF-8"
+            f"{path}, line {line}: expected UTF-8, got the byte 0x{content[start]:02x} "
+            f"at offset {start}; save the file as UTF-8"
         ) from error
 
 
@@ -143,8 +144,14 @@ def _parse_json(text: str, where: str) -> Any:
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def refuse_doubles(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(fields)
+        if len(record) < len(fields):
+            raise ValueError(f"a field twice among {', '.join(name for name, _ in fields)[:200]}")
+        return record
+
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_doubles)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected valid JSON, got: {error}") from error
 
@@ -171,10 +178,13 @@ def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     row = 0
     try:
+        columns = list(reader.fieldnames or [])
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{path}: expected different columns, got {', '.join(columns)[:200]}")
         for row, record in enumerate(reader, start=1):
             if None in record or None in record.values():
                 raise DataError(
-                    f"{path}, row {row}: expected {len(reader.fieldnames or [])} columns as in the "
+                    f"{path}, row {row}: expected {len(columns)} columns as in the "
                     "header, got another number; quote fields that hold commas"
                 )
             # An empty cell is an absent field: columns are shared by all rows.
@@ -269,25 +279,31 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: expected {name} to be text, got {_kind(value)}")
     if not value.strip():
-        raise DataError(f"{where}: expected {name} to hold text, got an empty prompt")
+        what = "an empty prompt" if name in _TEXT_FIELDS else "nothing but white space"
+        raise DataError(f"{where}: expected {name} to hold text, got {what}")
     return _encodable(value, name, where)
 
 
 def _label(value: Any, name: str, where: str) -> str:
-    if isinstance(value, (bool, int)):
-        return str(value)
-    return _text({name: value}, name, where)
+    return _text({name: _digits(value)}, name, where)
 
 
 def _optional(record: Mapping[str, Any], name: str, where: str) -> str | None:
     value = record.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(_digits(value), str):
         raise DataError(
             f"{where}: expected {name} to be text or a whole number, got {_kind(value)}"
         )
-    return _encodable(str(value), name, where)
+    return _encodable(str(_digits(value)), name, where)
+
+
+def _digits(value: Any) -> Any:
+    """A whole number as text; anything else as it is, and a number beyond all sense too."""
+    if isinstance(value, int) and abs(value) < 10**100:
+        return str(value)
+    return value
 
 
 def _encodable(value: str, name: str, where: str) -> str:

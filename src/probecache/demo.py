@@ -31,6 +31,8 @@ def run_demo(output: Path) -> Validation:
         OutputError: the folder cannot be made.
     """
     started = time.perf_counter()
+    if not output.name:
+        raise OutputError(f"expected --output to name a folder, got {str(output)!r}")
     folder = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
     if folder.exists():
         raise OutputError(f"expected {folder} to be free; run the demo again")

@@ -46,6 +46,8 @@ def make_validation(
         raise UsageError(f"expected --output to end in .json, got {output.name!r}")
     if output.exists():
         raise OutputError(f"expected --output {output} to be free; choose another name")
+    if count < 1:
+        raise UsageError(f"expected --count of at least 1, got {count}")
     generator = random.Random(seed)
     records = []
     for label, source in (("testing", testing), ("deployment", deployment)):
@@ -66,7 +68,12 @@ def make_validation(
 
 def _prompts(source: str) -> list[str]:
     rows = _local_rows(Path(source)) if Path(source).is_file() else _hub_rows(source)
-    return [_prompt_of(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        prompts.append(_prompt_of(row, f"{source}, row {number}"))
+        if any("\ud800" <= character <= "\udfff" for character in prompts[-1]):
+            raise DataError(f"{source}, row {number}: expected Unicode, got a lone surrogate")
+    return prompts
 
 
 def _distinct(prompts: list[str]) -> list[str]:

@@ -106,7 +106,7 @@ def estimate_working_set(
     return most
 
 
-_RANGE = re.compile(r"(-?\d+)-(-?\d+)(?::(\d+))?")
+_RANGE = re.compile(r"(-?\d{1,9})-(-?\d{1,9})(?::(\d{1,9}))?")
 
 
 def parse_layers(text: str | Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ def parse_layers(text: str | Sequence[int], num_hidden_layers: int) -> tuple[int
 def _expand(part: str, num_hidden_layers: int) -> Sequence[int]:
     if part == "all":
         return range(num_hidden_layers + 1)
-    if re.fullmatch(r"-?\d+", part):
+    if re.fullmatch(r"-?\d{1,9}", part):
         return [_existing(int(part), num_hidden_layers)]
     match = _RANGE.fullmatch(part)
     if not match:

@@ -172,7 +172,7 @@ class _Renderer:
         self.facts = facts
         self.options = options
         self.templated = templated
-        self.special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        self.special = np.array(sorted(_special_ids(tokenizer)), dtype=np.int64)
         self.head, self.tail = self._added_tokens()
         self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
@@ -185,7 +185,8 @@ class _Renderer:
         answer_ids = self._answer_ids(example, where)
         tail = [] if self.templated or self.facts.causal else self.tail
         ids, content = self._fit(ids, content, len(answer_ids) + len(tail), where)
-        self._check_one_bos(np.concatenate([ids, answer_ids]), example, where)
+        inside = np.concatenate([content, np.ones(len(answer_ids), dtype=bool)])
+        self._check_one_bos(np.concatenate([ids, answer_ids]), inside, example, where)
         count = len(ids) + len(answer_ids)
         everything = np.concatenate([ids, answer_ids, np.array(tail, dtype=np.int64)])
         is_answer = np.zeros(len(everything), dtype=bool)
@@ -317,8 +318,14 @@ class _Renderer:
         keep[text[-excess:]] = False
         return ids[keep], content[keep]
 
-    def _check_one_bos(self, ids: np.ndarray, example: Example, where: str) -> None:
+    def _check_one_bos(
+        self, ids: np.ndarray, inside: np.ndarray, example: Example, where: str
+    ) -> None:
         bos = self.tokenizer.bos_token_id
+        if not len(ids):
+            raise PromptError(
+                f"{where}: expected the text to have tokens, got none; remove the row"
+            )
         if bos is None or bos == self.tokenizer.eos_token_id:
             # Where one token both opens and closes, more of them are right; two in front are not.
             wrong = bos is not None and bool(np.all(ids[:2] == bos)) and len(ids) > 1
@@ -328,12 +335,19 @@ class _Renderer:
             count = int(np.sum(ids == bos))
             expected_first = bos in self.head or count > 0
             wrong = count > most or (expected_first and int(ids[0]) != bos)
-        if wrong:
+        if wrong or bool(np.any(ids[inside] == bos)):
             count = int(np.sum(ids == bos))
             raise PromptError(
                 f"{where}: expected exactly one BOS token, at the start, got {count}; remove the "
                 "tokenizer's special tokens from the text, or mend the chat template"
             )
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids that stand for no text. UNK does stand for text, unless it also opens or closes."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    special = set(tokenizer.all_special_ids)
+    return special - ({unknown} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
 def _ids(encoded: Any) -> list[int]:

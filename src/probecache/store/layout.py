@@ -39,6 +39,7 @@ METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
 _GUIDE_PREFIXES = {"testing": "test", "deployment": "deploy"}
 _PREFIX = r"^[A-Za-z0-9_-]{1,64}$"
 _BLOCK = 4096
+_DEEPEST = 100_000  # no model has more blocks; a forged manifest may claim to
 # Room in the manifest for what is only known at the end: timing, versions, hashes.
 _MANIFEST_SLACK = 2048
 
@@ -93,6 +94,24 @@ class LayerInfo(BaseModel):
     timing: dict[str, float]
     non_finite: dict[int, int] = Field(default_factory=dict)
     files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> LayerInfo:
+        deepest = self.identity.num_hidden_layers
+        if self.layers != sorted(set(self.layers)) or not set(self.layers) <= set(
+            range(min(deepest, _DEEPEST) + 1)
+        ):
+            raise ValueError(f"layers {self.layers} are not rising from 0 to at most {deepest}")
+        prefixes = [record.prefix.casefold() for record in self.classes.values()]
+        if len(set(prefixes)) < len(prefixes):
+            raise ValueError(f"two classes share the file prefix among {', '.join(prefixes)}")
+        rows = sum(record.rows for record in self.classes.values())
+        tokens = self.files.get(TOKENS)
+        if (tokens is None) != self.positions.one_row:
+            raise ValueError(f"positions {self.positions} do not go with the files recorded")
+        if tokens is not None and (tokens.shape != (rows,) or tokens.dtype != "int32"):
+            raise ValueError(f"{TOKENS} is recorded as {tokens.shape} {tokens.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _files_are_as_declared(self) -> LayerInfo:

@@ -8,6 +8,7 @@ hashes are not checked here, that costs a read of everything.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,14 +77,29 @@ class Cache:
             examples = TypeAdapter(tuple[ExampleRecord, ...]).validate_python(records)
         except ValidationError as error:
             raise StoreError(_schema_message(self.path / METADATA, error)) from error
-        for record in examples:
-            found = self.info.classes.get(record.label)
-            if found is None or not 0 <= record.rows[0] < record.rows[1] <= found.rows:
-                raise StoreError(
-                    f"expected example {record.idx} of {self.path / METADATA} to lie within its "
-                    f"class's rows, got {record.label!r} {record.rows}; the cache is damaged"
-                )
+        self._require_whole(examples)
         return examples
+
+    def _require_whole(self, examples: tuple[ExampleRecord, ...]) -> None:
+        """Raise unless the examples share out every row of every class, in order."""
+        rows, counts = Counter[str](), Counter[str]()
+        for place, record in enumerate(examples):
+            start, stop = record.rows
+            if record.idx != place or start != rows[record.label] or stop <= start:
+                raise StoreError(
+                    f"expected entry {place} of {self.path / METADATA} to follow the one before, "
+                    f"got idx {record.idx}, class {record.label!r}, rows {[start, stop]}; the "
+                    "cache is damaged: copy it again or extract it anew"
+                )
+            rows[record.label], counts[record.label] = stop, counts[record.label] + 1
+        declared = self.info.classes
+        if {label: (counts[label], rows[label]) for label in counts} != {
+            label: (record.examples, record.rows) for label, record in declared.items()
+        }:
+            raise StoreError(
+                f"expected {self.path / METADATA} to hold the examples that {LAYER_INFO} counts, "
+                "got others; the cache is damaged: copy it again or extract it anew"
+            )
 
     def __getitem__(self, key: tuple[str, int]) -> torch.Tensor:
         """Rows of a class at a layer: memory-mapped tensor [rows, hidden] of the cache's dtype.
@@ -134,8 +150,11 @@ class Cache:
         return map_raw(self.path / name, self.info.files[name])
 
     def _label(self, name: str) -> str:
+        # A label first: one class may be called what another's files are called.
+        if name in self.info.classes:
+            return name
         for label, record in self.info.classes.items():
-            if name in (label, record.prefix):
+            if name == record.prefix:
                 return label
         raise UsageError(f"expected one of the classes {', '.join(self.classes)}, got {name!r}")
 

@@ -10,6 +10,7 @@ never checks it, and the manifest holds a SHA-256 instead.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -18,7 +19,7 @@ import tempfile
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,8 +53,8 @@ class FileRecord(BaseModel):
 
     bytes: int = Field(ge=0)
     offset: int = Field(ge=0)
-    shape: tuple[int, ...] = Field(min_length=1, max_length=2)
-    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=2)
+    dtype: str = Field(pattern=r"^(float32|float16|bfloat16|int32)$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -105,7 +106,8 @@ def map_raw(path: Path, record: FileRecord) -> np.ndarray:
         actual = path.stat().st_size
     except OSError as error:
         raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
-    needed = record.offset + int(np.prod(record.shape)) * raw.itemsize
+    # Python's own integers: NumPy's would wrap around at sizes that a forged manifest may claim.
+    needed = record.offset + math.prod(record.shape) * raw.itemsize
     if actual != record.bytes or needed > actual:
         raise StoreError(
             f"expected {path} to have {max(record.bytes, needed)} bytes, got {actual}; the file "
@@ -113,7 +115,10 @@ def map_raw(path: Path, record: FileRecord) -> np.ndarray:
         )
     if 0 in record.shape:
         return np.empty(record.shape, dtype=raw)
-    return np.memmap(path, dtype=raw, mode="c", offset=record.offset, shape=record.shape)
+    try:
+        return np.memmap(path, dtype=raw, mode="c", offset=record.offset, shape=record.shape)
+    except OSError as error:
+        raise StoreError(f"expected to read {path}, got: {error.strerror}") from error
 
 
 def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

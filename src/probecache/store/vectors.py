@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from probecache.atomic import commit_folder, disk_errors_named, sha256_of_file, temporary_sibling
-from probecache.errors import StoreError
+from probecache.errors import OutputError, StoreError
 from probecache.store.layout import encode_json
 from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
@@ -54,9 +54,9 @@ class LayerRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    raw_norm: float = Field(gt=0)
-    threshold: float
-    typical_norm: float = Field(ge=0)
+    raw_norm: float = Field(gt=0, allow_inf_nan=False)
+    threshold: float = Field(allow_inf_nan=False)
+    typical_norm: float = Field(ge=0, allow_inf_nan=False)
     n_positive: int = Field(ge=1)
     n_negative: int = Field(ge=1)
     file: FileRecord
@@ -160,6 +160,8 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
     Returns:
         The run's folder.
     """
+    if not Path(output).name:
+        raise OutputError(f"expected --output to name a run, got {str(output)!r}")
     final = _free_name(Path(output))
     with disk_errors_named(final), temporary_sibling(final) as folder:
         for name, normalized in (("vectors", False), ("normalized_vectors", True)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     from probecache.store.reader import Cache
     from probecache.store.vectors import SavedVectors
 
-__all__ = ["LayerResult", "Validation", "validate"]
+__all__ = ["LayerResult", "Validation", "require_data", "validate"]
 
 _FORMAT = "probecache-validation"
+_OURS = re.compile(r"probe_stats_layer\d+\.csv|summary\.(json|csv)|visualizations|report\.html")
 _STATS = ("mean_score", "max_score", "min_score", "std_score")
 
 
@@ -151,7 +153,13 @@ def _require_matching(
             f"expected examples of the vectors' positive class {vectors.info.positive_class!r} in "
             f"{cache.path}, got the classes {', '.join(cache.classes)}; label the data alike"
         )
-    if dataset is not None and dataset.fingerprint() != cache.identity.data:
+    if dataset is not None:
+        require_data(cache, dataset)
+
+
+def require_data(cache: Cache, dataset: Dataset) -> None:
+    """Raise MismatchError unless the cache was made from these examples."""
+    if dataset.fingerprint() != cache.identity.data:
         raise MismatchError(
             f"expected --data to be what the cache {cache.path} was made from, got "
             f"{dataset.source}: {_first_difference(cache, dataset)}; name the original file, or "
@@ -187,6 +195,13 @@ def _require_replaceable(output: Path) -> None:
         raise OutputError(
             f"expected --output {output} to be free or an earlier validation, but it holds "
             "something else; choose another folder"
+        )
+    # Replacing removes the folder: nothing in it may be the user's own.
+    foreign = sorted(path.name for path in output.iterdir() if not _OURS.fullmatch(path.name))
+    if foreign:
+        raise OutputError(
+            f"expected --output {output} to hold an earlier validation alone, but {foreign[0]} is "
+            "there too and would be lost; move it, or choose another folder"
         )
 
 
@@ -326,7 +341,11 @@ def _stats_csv(cache: Cache, stats: dict[str, np.ndarray]) -> bytes:
 
 def _csv(header: list[str], rows: Any) -> bytes:
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    plain = csv.writer(buffer, lineterminator="\n")
+    quoted = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    plain.writerow(header)
+    for row in map(list, rows):
+        # Python 3.11 leaves a lone carriage return unquoted, and readers take it for a line's end.
+        bare = any(isinstance(cell, str) and "\r" in cell for cell in row)
+        (quoted if bare else plain).writerow(row)
     return buffer.getvalue().encode()

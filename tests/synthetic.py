@@ -1,0 +1,144 @@
+"""Caches of planted numbers, written through the real writer without any model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from probecache.dataset import load_dataset
+from probecache.store.layout import Blueprint, ClassRecord, ExampleRecord, class_prefixes
+from probecache.store.reader import Cache, open_cache
+from probecache.store.writer import open_writer
+from probecache.types import Dtype, Identity, Positions
+
+IDENTITY = Identity(
+    model="org/planted",
+    revision=None,
+    weights={},
+    architecture="Planted",
+    num_hidden_layers=24,
+    hidden_size=1,
+    dtype="float32",
+    quantization=None,
+    adapter=None,
+    attention="eager",
+    tokenizer="0" * 64,
+    chat_template="1" * 64,
+    system_prompt=None,
+    data="",
+    token_ids="2" * 64,
+    positions="last",
+    special_tokens_kept=False,
+    versions={"probecache": "0"},
+)
+
+
+def labelled(*labels: str) -> list[dict[str, str]]:
+    """A labelled record per label."""
+    return [
+        {"question": f"question {place}", "type": label, "id": f"q{place}"}
+        for place, label in enumerate(labels)
+    ]
+
+
+def blueprint_of(
+    records: Sequence[Mapping[str, Any]],
+    layers: Sequence[int],
+    hidden: int,
+    *,
+    dtype: str = "float32",
+    positions: str = "last",
+    tokens: Sequence[int] | None = None,
+) -> Blueprint:
+    """The plan of a cache of these records; `tokens` are rows per example."""
+    dataset = load_dataset(list(records))
+    rows: Counter[str] = Counter()
+    entries = []
+    for place, example in enumerate(dataset.examples):
+        start, count = rows[example.label], tokens[place] if tokens else 1
+        rows[example.label] += count
+        entries.append(
+            ExampleRecord(
+                idx=place,
+                id=example.id,
+                group=example.group,
+                label=example.label,
+                question=example.question,
+                answer=example.answer,
+                category=example.category,
+                rows=(start, start + count),
+                n_tokens=count,
+                input_tokens=count + 2,
+            )
+        )
+    prefixes = class_prefixes(dataset.labels)
+    counts = Counter(example.label for example in dataset.examples)
+    return Blueprint(
+        layers=tuple(layers),
+        hidden_size=hidden,
+        dtype=Dtype(dtype),
+        positions=Positions(positions),
+        num_examples=dataset.num_examples,
+        classes={
+            label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
+            for label in dataset.labels
+        },
+        examples=tuple(entries),
+    )
+
+
+def write_cache(
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    activations: Mapping[int, torch.Tensor],
+    *,
+    tokens: Sequence[int] | None = None,
+    positions: str = "last",
+    add_to: Cache | None = None,
+    **identity: Any,
+) -> Cache:
+    """Write a cache.
+
+    Args:
+        activations: layer to rows [rows, hidden] in data order, the same for every layer.
+        tokens: rows per example; None: one.
+        add_to: an existing cache at `folder` that gains these layers.
+        identity: fields that differ from `IDENTITY`.
+    """
+    first = next(iter(activations.values()))
+    dtype = str(first.dtype).removeprefix("torch.")
+    blueprint = blueprint_of(
+        records,
+        sorted(activations),
+        first.shape[1],
+        dtype=dtype,
+        positions=positions,
+        tokens=tokens,
+    )
+    layers = {*activations, *(add_to.layers if add_to else ())}
+    own = {
+        "weights": {layer: f"{layer:064x}" for layer in layers},
+        "hidden_size": first.shape[1],
+        "dtype": dtype,
+        "positions": positions,
+        "data": load_dataset(list(records)).fingerprint(),
+    }
+    with open_writer(folder, blueprint, add_to.info if add_to else None) as writer:
+        writer.write_tokens(np.arange(len(first)))
+        for layer, rows in activations.items():
+            writer.write(layer, range(len(blueprint.examples)), rows)
+        writer.commit(replace(IDENTITY, **(own | identity)), {"extract_s": 0.5, "load_s": 0.1}, {})
+    return open_cache(folder)
+
+
+def rows_of(cache: Cache, label: str, layer: int) -> torch.Tensor:
+    """A class's rows as plain torch reads them, knowing nothing of probecache."""
+    prefix = cache.info.classes[label].prefix
+    path = cache.path / f"layer_{layer}" / f"{prefix}_activations.pt"
+    return torch.load(path, weights_only=True)
