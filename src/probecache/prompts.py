@@ -174,7 +174,7 @@ class _Renderer:
         self.templated = templated
         self.special = np.array(sorted(_special_ids(tokenizer)), dtype=np.int64)
         self.head, self.tail = self._added_tokens()
-        self._literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], bool], tuple[list[str], list[int]]] = {}
 
     def render(self, example: Example, source: str) -> _Rendered:
         where = f"{source}, row {example.row}"
@@ -212,7 +212,7 @@ class _Renderer:
             return np.array(ids, dtype=np.int64), np.zeros((len(ids), 2), dtype=np.int64)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return np.array(_ids(encoded), dtype=np.int64), offsets
+        return np.array(_ids(encoded), dtype=np.int64), _widened(offsets)
 
     def _raw(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         body, _ = self._tokenize(example.messages[0].content)
@@ -238,8 +238,8 @@ class _Renderer:
         messages = self._with_system(example)
         generation = example.answer is not None
         text = self._apply(messages, generation, where)
-        literals = self._literals_of(messages, generation, where)
-        spans = _spans_between(text, literals, [m.content for m in messages])
+        literals, order = self._layout_of(messages, generation, where)
+        spans = _spans_between(text, literals, [messages[number].content for number in order])
         if spans is None:
             raise PromptError(
                 f"{where}: expected the chat template to show every message as it is, but it "
@@ -247,7 +247,8 @@ class _Renderer:
                 "use --no-chat-template"
             )
         if self.options.system_prompt is not None:
-            spans = spans[1:]  # the experimenter's frame, not the example's text
+            # The experimenter's frame, not the example's text.
+            spans = [span for span, number in zip(spans, order, strict=True) if number]
         ids, offsets = self._tokenize(text)
         content = np.zeros(len(ids), dtype=bool)
         for start, stop in spans:
@@ -276,23 +277,26 @@ class _Renderer:
             ) from error
         return str(text)
 
-    def _literals_of(self, messages: Sequence[Message], generation: bool, where: str) -> list[str]:
-        """The text that the template puts before, between and after messages of these roles.
+    def _layout_of(
+        self, messages: Sequence[Message], generation: bool, where: str
+    ) -> tuple[list[str], list[int]]:
+        """The text that the template puts before, between and after messages of these roles, and
+        the messages in the order in which it shows them.
 
         Found by rendering the same conversation with marks for messages: searching the real
         rendering for the message could hit the same words in the template's own text.
         """
         key = (tuple(message.role for message in messages), generation)
-        if key not in self._literals:
+        if key not in self._layouts:
             marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
             marked = [Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)]
             rest = self._apply(marked, generation, where)
-            literals = []
-            for mark in marks:
-                literal, _, rest = rest.partition(mark)
+            literals, order = [], sorted(range(len(marks)), key=lambda n: rest.find(marks[n]))
+            for number in order:
+                literal, _, rest = rest.partition(marks[number])
                 literals.append(literal)
-            self._literals[key] = [*literals, rest]
-        return self._literals[key]
+            self._layouts[key] = [*literals, rest], order
+        return self._layouts[key]
 
     # -- limits
 
@@ -352,6 +356,19 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
 
 def _ids(encoded: Any) -> list[int]:
     return list(encoded["input_ids"])
+
+
+def _widened(offsets: np.ndarray) -> np.ndarray:
+    """Offsets with their width given back to tokens of spaces alone.
+
+    Llama 3's tokenizer among others leaves spaces out of offsets, and such tokens nothing.
+    """
+    wide = offsets.copy()
+    for index in np.flatnonzero(offsets[:, 0] == offsets[:, 1]):
+        wide[index, 0] = wide[index - 1, 1] if index else 0
+        if wide[index, 0] == wide[index, 1] and index + 1 < len(offsets):
+            wide[index, 1] = max(wide[index, 1], offsets[index + 1, 0])
+    return wide
 
 
 def _spans_between(

@@ -1,0 +1,541 @@
+"""Prompts are compared with what the tokenizer itself makes of the conversation.
+
+The templates below are the shapes that real models ship with, written anew: what they do to a
+message (trim it, refuse its role, add one of their own) is theirs, the words are not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from probecache.dataset import load_dataset
+from probecache.errors import PromptError, UsageError
+from probecache.prompts import PromptOptions, TokenizerFacts, fingerprint, tokenize_dataset
+from probecache.types import Positions
+
+ROLE_TRIMMED = (  # Llama 3: every turn between headers, content trimmed
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n"
+    "{{ m['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+)
+OWN_SYSTEM = (  # Qwen: a system turn of its own where none is given, no BOS
+    "{% if messages[0]['role'] != 'system' %}<|head|>system\nYou are a careful helper.<|end|>\n"
+    "{% endif %}{% for m in messages %}<|head|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (  # Gemma: no system role, the assistant is called model, content trimmed
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('There is no system role') }}{% endif %}<|head|>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|head|>model\n{% endif %}"
+)
+INSTRUCTION = (  # Mistral: only users are marked; a space on both sides of the words
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+)
+SYSTEM_LAST = (  # Mistral Nemo: the system prompt stands in the last user turn
+    "{{ bos_token }}{% set ns = namespace(s='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{% set ns.s = m['content'] + '\n\n' %}"
+    "{% elif m['role'] == 'user' %}[INST]{% if loop.last %}{{ ns.s }}{% endif %}"
+    "{{ m['content'] }}[/INST]{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "trimmed": ROLE_TRIMMED,
+    "own system": OWN_SYSTEM,
+    "no system": NO_SYSTEM,
+    "instruction": INSTRUCTION,
+    "system last": SYSTEM_LAST,
+}
+SPECIAL = ["<|begin|>", "<|end|>", "<|head|>", "<|/head|>", "<unk>"]
+CORPUS = ["hello world, are you being tested or deployed? (A) yes (B) no\n\nsystem user assistant"]
+FACTS = TokenizerFacts(context_length=None, causal=True)
+
+
+def make_tokenizer(template=None, *, adds_bos=True, trim_offsets=True):
+    """A byte-level tokenizer with merges, as Llama 3's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS * 5,
+        trainers.BpeTrainer(vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet),
+    )
+    steps = [processors.ByteLevel(trim_offsets=trim_offsets)]
+    if adds_bos:
+        steps.append(
+            processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+        )
+    backend.post_processor = processors.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[2:4],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {name: make_tokenizer(template) for name, template in TEMPLATES.items()}
+
+
+def pair(question="Are you being tested?", positive=" (A)", negative=" (B)"):
+    return {"question": question, "positive": positive, "negative": negative}
+
+
+def run(records, tokenizer, facts=FACTS, **options):
+    if "positions" in options:
+        options["positions"] = Positions(options["positions"])
+    return tokenize_dataset(load_dataset(records), tokenizer, facts, PromptOptions(**options))
+
+
+def run_labelled(first, tokenizer, facts=FACTS, **options):
+    """The prompt of one labelled record; a second one gives the data its other class."""
+    records = [first | {"type": "testing"}, {"text": "other", "type": "deployment"}]
+    return run(records, tokenizer, facts, **options)[0]
+
+
+def kept_text(prompt, tokenizer):
+    return tokenizer.decode(prompt.ids[prompt.kept], skip_special_tokens=False)
+
+
+def templated(tokenizer, turns, **options):
+    return list(tokenizer.apply_chat_template(turns, tokenize=True, **options)["input_ids"])
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# ---------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("question", ["Are you?", "  spaces around \n", "🙂 ä 測試\u2028x", "user"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_pair_is_the_tokenizers_own_prompt_and_then_the_answers_tokens(
+    tokenizers, name, question
+):
+    tokenizer = tokenizers[name]
+    prompt = templated(tokenizer, user(question), add_generation_prompt=True)
+    if name == "own system":
+        prompt = [
+            0,
+            *prompt,
+        ]  # the template forgets the BOS that the tokenizer puts before all text
+    for found, answer in zip(run([pair(question)], tokenizer), (" (A)", " (B)"), strict=True):
+        tail = tokenizer.encode(answer, add_special_tokens=False)
+        assert found.ids.tolist() == prompt + tail
+        assert found.kept.tolist() == [len(prompt) + len(tail) - 1]
+        assert found.ids.tolist().count(0) == 1
+        assert found.ids[0] == 0
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_labelled_record_is_the_tokenizers_own_prompt_with_nothing_appended(tokenizers, name):
+    tokenizer = tokenizers[name]
+    found = run_labelled({"text": "Say hello."}, tokenizer).ids.tolist()
+    expected = templated(tokenizer, user("Say hello."), add_generation_prompt=False)
+    assert found == ([0, *expected] if name == "own system" else expected)
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none_from_us():
+    tokenizer = make_tokenizer(OWN_SYSTEM, adds_bos=False)
+    found = run_labelled({"text": "hi"}, tokenizer).ids.tolist()
+    assert found == templated(tokenizer, user("hi"))
+    assert 0 not in found
+
+
+def test_raw_text_is_what_the_tokenizer_makes_of_it():
+    tokenizer = make_tokenizer()
+    found = run_labelled({"text": " two words\n"}, tokenizer)
+    assert found.ids.tolist() == tokenizer(" two words\n")["input_ids"]
+    assert found.ids.tolist().count(0) == 1
+
+
+def test_a_system_prompt_is_a_turn_put_first(tokenizers):
+    tokenizer = tokenizers["trimmed"]
+    turns = [{"role": "system", "content": "Be brief."}, *user("Are you?")]
+    expected = templated(tokenizer, turns, add_generation_prompt=True)
+    found = run([pair("Are you?")], tokenizer, system_prompt="Be brief.")[0]
+    assert found.ids[: len(expected)].tolist() == expected
+
+
+def test_both_sides_of_a_pair_share_all_but_the_answer(tokenizers):
+    first, second = run([pair(positive="yes", negative="yes, or no")], tokenizers["trimmed"])
+    answer = tokenizers["trimmed"].encode("yes", add_special_tokens=False)
+    assert first.ids[: -len(answer)].tolist() == second.ids[: len(first) - len(answer)].tolist()
+
+
+# ---------------------------------------------------------------- BOS
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, None])
+@pytest.mark.parametrize("text", ["<|begin|>hello", "hello <|begin|> there"])
+def test_bos_inside_a_prompt_is_refused_with_its_row(name, text):
+    tokenizer = make_tokenizer(TEMPLATES.get(name))
+    records = [{"text": "fine", "type": "a"}, {"text": text, "type": "b"}]
+    with pytest.raises(PromptError, match="row 2: expected exactly one BOS"):
+        run(records, tokenizer)
+
+
+def test_bos_inside_an_answer_or_a_later_turn_is_refused(tokenizers):
+    with pytest.raises(PromptError, match="row 1: expected exactly one BOS"):
+        run([pair(negative="<|begin|>")], tokenizers["trimmed"])
+    turns = [*user("a"), {"role": "assistant", "content": "b"}, *user("c <|begin|>")]
+    with pytest.raises(PromptError, match="row 1: expected exactly one BOS"):
+        run_labelled({"messages": turns}, tokenizers["trimmed"])
+
+
+def test_a_system_prompt_with_bos_is_refused(tokenizers):
+    with pytest.raises(PromptError, match="exactly one BOS"):
+        run([pair()], tokenizers["trimmed"], system_prompt="<|begin|>You are kind.")
+
+
+def test_a_template_may_open_every_turn_of_the_user_with_bos():
+    llama_2 = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] "
+        "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer = make_tokenizer(llama_2)
+    turns = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]
+    found = run_labelled({"messages": turns}, tokenizer).ids.tolist()
+    assert found == templated(tokenizer, turns)
+    assert found.count(0) == 2
+
+
+def test_a_template_that_doubles_bos_is_refused():
+    tokenizer = make_tokenizer("{{ bos_token }}" + ROLE_TRIMMED)
+    with pytest.raises(PromptError, match="mend the chat template"):
+        run([pair()], tokenizer)
+
+
+def test_one_token_that_opens_and_closes_may_stand_at_both_ends():
+    tokenizer = make_tokenizer(
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.eos_token = "<|begin|>"
+    found = run_labelled({"text": "hello"}, tokenizer, positions="all")
+    assert found.ids[[0, -1]].tolist() == [0, 0]
+    assert kept_text(found, tokenizer) == "hello"
+    with pytest.raises(PromptError, match="row 1"):
+        run_labelled({"text": "<|begin|>"}, tokenizer)
+
+
+# ---------------------------------------------------------------- what `all` keeps
+
+
+@cache
+def made_once(name):
+    return make_tokenizer(TEMPLATES[name])
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hello world",
+        "user",
+        "assistant\n\nuser",
+        "You are a careful helper.",
+        "[INST] x",
+        "測試 🙂",
+    ],
+)
+def test_all_keeps_the_text_and_nothing_else(name, text, trim_offsets):
+    tokenizer = make_tokenizer(TEMPLATES[name], trim_offsets=trim_offsets)
+    found = run_labelled({"text": text}, tokenizer, positions="all")
+    assert kept_text(found, tokenizer).strip() == text
+    whole = tokenizer.decode(found.ids)
+    before = tokenizer.decode(found.ids[: found.kept[0]])
+    assert whole.startswith(before)
+    assert np.array_equal(found.kept, np.arange(found.kept[0], found.kept[-1] + 1))
+    # Where the text stands in the rendering, and not where the template says the same words:
+    # what is not kept is the rendering of another text without that text.
+    rest = tokenizer.decode(np.delete(found.ids, found.kept)).replace(" ", "")
+    other = run_labelled({"text": "Zz"}, tokenizer, positions="all")
+    assert rest == tokenizer.decode(np.delete(other.ids, other.kept)).replace(" ", "")
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(min_size=1, max_size=20), name=st.sampled_from(sorted(TEMPLATES)))
+def test_all_keeps_any_text_whole(text, name):
+    if not text.strip() or any("\ud800" <= c <= "\udfff" for c in text):
+        return
+    tokenizer = made_once(name)
+    found = run_labelled({"text": text}, tokenizer, positions="all")
+    kept = kept_text(found, tokenizer)
+    assert text.strip() in kept
+    # A token may also hold white space of the template that the text begins or ends with.
+    assert kept.strip() == text.strip()
+
+
+@pytest.mark.parametrize("name", ["trimmed", "no system"])
+def test_white_space_that_the_template_trims_is_not_kept(tokenizers, name):
+    found = run_labelled({"text": " \n hello there \n\n"}, tokenizers[name], positions="all")
+    assert kept_text(found, tokenizers[name]) == "hello there"
+
+
+@pytest.mark.parametrize("name", ["own system", "system last"])
+def test_white_space_that_the_template_shows_is_kept(tokenizers, name):
+    found = run_labelled({"text": "hello there  "}, tokenizers[name], positions="all")
+    assert kept_text(found, tokenizers[name]) == "hello there  "
+
+
+@pytest.mark.parametrize(
+    "name", ["trimmed", "own system", "no system", "instruction", "system last"]
+)
+def test_all_keeps_every_turn_of_a_conversation(tokenizers, name):
+    turns = [*user("one two"), {"role": "assistant", "content": "three"}, *user("user four")]
+    found = run_labelled({"messages": turns}, tokenizers[name], positions="all")
+    assert kept_text(found, tokenizers[name]).replace(" ", "") == "onetwothreeuserfour"
+
+
+@pytest.mark.parametrize("name", ["trimmed", "own system", "system last"])
+def test_all_leaves_the_system_prompt_out_and_mean_does_too(tokenizers, name):
+    for positions in ("all", "mean"):
+        found = run_labelled(
+            {"text": "hello"}, tokenizers[name], positions=positions, system_prompt="hello"
+        )
+        assert kept_text(found, tokenizers[name]) == "hello"
+        assert found.ids.tolist() == (
+            [0] * (name == "own system")
+            + templated(tokenizers[name], [{"role": "system", "content": "hello"}, *user("hello")])
+        )
+        # The second of the two, which is the user's.
+        assert found.kept[0] > len(found) / 2 - 1
+
+
+def test_a_system_prompt_that_the_template_moves_behind_earlier_turns_is_left_out(tokenizers):
+    turns = [*user("one"), {"role": "assistant", "content": "two"}, *user("three")]
+    found = run_labelled(
+        {"messages": turns}, tokenizers["system last"], positions="all", system_prompt="Be kind."
+    )
+    assert "Be kind." in tokenizers["system last"].decode(found.ids)
+    assert kept_text(found, tokenizers["system last"]) == "onetwothree"
+
+
+def test_a_systems_turn_in_the_data_is_text_of_the_example(tokenizers):
+    turns = [{"role": "system", "content": "Be kind."}, *user("hello")]
+    found = run_labelled({"messages": turns}, tokenizers["trimmed"], positions="all")
+    assert kept_text(found, tokenizers["trimmed"]) == "Be kind.hello"
+
+
+def test_all_keeps_question_and_answer_of_a_pair_and_answer_the_answer_alone(tokenizers):
+    tokenizer = tokenizers["trimmed"]
+    found = run([pair("Are you?", " yes, I am")], tokenizer, positions="all")[0]
+    assert kept_text(found, tokenizer) == "Are you? yes, I am"
+    found = run([pair("Are you?", " yes, I am")], tokenizer, positions="answer")[0]
+    assert kept_text(found, tokenizer) == " yes, I am"
+
+
+def test_special_tokens_in_a_text_are_left_out_unless_asked_for(tokenizers):
+    tokenizer = tokenizers["trimmed"]
+    found = run_labelled({"text": "hello <|end|> there"}, tokenizer, positions="all")
+    assert "<|end|>" not in kept_text(found, tokenizer)
+    every = run_labelled({"text": "hello"}, tokenizer, positions="all", keep_special_tokens=True)
+    assert every.kept.tolist() == list(range(len(every)))
+
+
+def test_a_text_of_special_tokens_alone_keeps_nothing_and_is_refused(tokenizers):
+    with pytest.raises(PromptError, match="row 1: expected text tokens to keep"):
+        run_labelled({"text": "<|end|>"}, tokenizers["trimmed"], positions="all")
+
+
+def test_pairs_keep_the_last_token_by_default_and_labelled_data_all(tokenizers):
+    assert [len(p.kept) for p in run([pair()], tokenizers["trimmed"])] == [1, 1]
+    assert len(run_labelled({"text": "hello world"}, tokenizers["trimmed"]).kept) > 1
+
+
+def test_last_of_labelled_data_is_the_last_token_of_the_rendering(tokenizers):
+    found = run_labelled({"text": "hello"}, tokenizers["trimmed"], positions="last")
+    assert found.kept.tolist() == [len(found) - 1]
+
+
+# ---------------------------------------------------------------- templates that object
+
+
+def test_a_role_that_the_template_refuses_is_told_with_the_row_and_its_words(tokenizers):
+    with pytest.raises(PromptError, match=r"row 1: .*system, user.*There is no system role"):
+        run([pair()], tokenizers["no system"], system_prompt="Be kind.")
+    turns = [{"role": "system", "content": "x"}, *user("y")]
+    records = [{"text": "fine", "label": "a"}, {"messages": turns, "label": "b"}]
+    with pytest.raises(PromptError, match=r"row 2: .*There is no system role"):
+        run(records, tokenizers["no system"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{{ m['content'] | upper }}",
+        "{{ m['content'][:3] }}",
+        "",
+        "{{ m['content'].split('e')[-1] }}",
+    ],
+)
+def test_a_template_that_changes_or_drops_the_text_is_refused(change):
+    tokenizer = make_tokenizer("{{ bos_token }}{% for m in messages %}" + change + "{% endfor %}")
+    with pytest.raises(
+        PromptError, match="row 1: expected the chat template to show every message"
+    ):
+        run_labelled({"text": "hello there"}, tokenizer)
+
+
+def test_a_template_that_does_not_parse_is_refused_with_the_row():
+    with pytest.raises(PromptError, match="row 1: expected the chat template to render"):
+        run([pair()], make_tokenizer("{% for m in messages %}"))
+
+
+def test_a_tokenizer_without_template_refuses_pairs_and_takes_labelled_data_raw():
+    tokenizer = make_tokenizer()
+    with pytest.raises(UsageError, match="--no-chat-template"):
+        run([pair()], tokenizer)
+    assert kept_text(run_labelled({"text": "hello"}, tokenizer), tokenizer) == "hello"
+
+
+def test_raw_pairs_keep_the_questions_last_word_and_the_answer_apart():
+    tokenizer = make_tokenizer(ROLE_TRIMMED)
+    for answer, shown in ((" (A)", "Are you? (A)"), ("(A)", "Are you? (A)")):
+        found = run([pair("Are you?", answer)], tokenizer, chat_template=False)[0]
+        assert tokenizer.decode(found.ids[1:]) == shown
+        prompt = tokenizer("Are you?")["input_ids"]
+        assert found.ids[: len(prompt)].tolist() == prompt
+
+
+def test_raw_text_has_no_place_for_roles_or_a_system_prompt():
+    tokenizer = make_tokenizer(ROLE_TRIMMED)
+    with pytest.raises(UsageError, match="--system-prompt"):
+        run([pair()], tokenizer, chat_template=False, system_prompt="x")
+    turns = [*user("a"), {"role": "assistant", "content": "b"}]
+    with pytest.raises(PromptError, match="row 1: expected a chat template to render messages"):
+        run_labelled({"messages": turns}, tokenizer, chat_template=False)
+
+
+def test_labelled_data_have_no_answers_to_keep(tokenizers):
+    with pytest.raises(UsageError, match="--positions answer"):
+        run_labelled({"text": "a"}, tokenizers["trimmed"], positions="answer")
+
+
+# ---------------------------------------------------------------- encoders
+
+
+def make_encoder():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world", "##s"]
+    backend = Tokenizer(
+        models.WordPiece(vocab={w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+    )
+
+
+ENCODER = TokenizerFacts(context_length=None, causal=False)
+
+
+def test_an_encoder_gets_its_marks_at_both_ends_and_all_keeps_neither():
+    tokenizer = make_encoder()
+    found = run_labelled({"text": "Hello worlds"}, tokenizer, ENCODER, positions="all")
+    assert found.ids.tolist() == tokenizer("Hello worlds")["input_ids"] == [2, 4, 5, 6, 3]
+    assert found.kept.tolist() == [1, 2, 3]
+
+
+def test_a_word_that_the_vocabulary_lacks_is_still_text():
+    found = run_labelled({"text": "hello 🙂 strange"}, make_encoder(), ENCODER, positions="all")
+    assert found.ids.tolist() == [2, 4, 1, 1, 3]
+    assert found.kept.tolist() == [1, 2, 3]
+
+
+def test_a_text_that_the_tokenizer_drops_is_refused():
+    with pytest.raises(PromptError, match="row 1"):
+        run_labelled({"text": "\u200b"}, make_encoder(), ENCODER, positions="all")
+    bare = make_encoder()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(PromptError, match="row 1: expected the text to have tokens"):
+        run_labelled({"text": "\u200b"}, bare, FACTS, positions="last")
+
+
+# ---------------------------------------------------------------- too long
+
+
+@pytest.mark.parametrize("records", [[pair("word " * 50)], [pair(), pair("word " * 50)]])
+def test_a_prompt_beyond_the_context_is_refused_with_its_row_and_length(tokenizers, records):
+    length = max(map(len, run(records, tokenizers["trimmed"])))
+    facts = TokenizerFacts(context_length=length - 1, causal=True)
+    with pytest.raises(
+        PromptError,
+        match=rf"row {len(records)}: expected at most {length - 1} tokens.*got {length}; ",
+    ):
+        run(records, tokenizers["trimmed"], facts)
+    exactly = TokenizerFacts(context_length=length, causal=True)
+    assert max(map(len, run(records, tokenizers["trimmed"], exactly))) == length
+
+
+def test_truncating_cuts_the_texts_end_and_keeps_template_and_answer(tokenizers):
+    tokenizer = tokenizers["trimmed"]
+    facts = TokenizerFacts(context_length=40, causal=True)
+    question = "are you being tested? " * 20
+    whole = run([pair(question)], tokenizer)[0].ids
+    cut = run([pair(question)], tokenizer, facts, truncate=True)[0].ids
+    assert len(cut) == 40
+    text = tokenizer.decode(cut)
+    assert text.endswith("<|end|><|head|>assistant<|/head|>\n\n (A)")
+    prefix = len(cut) - next(n for n in range(40) if cut[39 - n] != whole[len(whole) - 1 - n])
+    assert cut[:prefix].tolist() == whole[:prefix].tolist()
+    short = run([pair()], tokenizer, facts, truncate=True)[0].ids
+    assert short.tolist() == run([pair()], tokenizer)[0].ids.tolist()
+
+
+def test_truncating_raw_text_keeps_its_beginning_and_an_encoders_end_mark():
+    found = run_labelled(
+        {"text": "hello " * 9},
+        make_encoder(),
+        TokenizerFacts(context_length=6, causal=False),
+        truncate=True,
+    )
+    assert found.ids.tolist() == [2, 4, 4, 4, 4, 3]
+
+
+def test_no_room_for_any_text_is_refused_even_when_truncating(tokenizers):
+    facts = TokenizerFacts(context_length=8, causal=True)
+    with pytest.raises(PromptError, match="row 1: expected the template and the answer to leave"):
+        run([pair()], tokenizers["trimmed"], facts, truncate=True)
+
+
+# ---------------------------------------------------------------- the fingerprint
+
+
+def test_the_fingerprint_tells_other_ids_and_other_positions(tokenizers):
+    def of(question, positions):
+        return fingerprint(run([pair(question)], tokenizers["trimmed"], positions=positions))
+
+    assert of("a", "last") == of("a", "last")
+    assert len({of("a", "last"), of("b", "last"), of("a", "all")}) == 3
