@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probecache.plan import Batch
     from probecache.types import TokenizedPrompt
 
-__all__ = ["Engine", "ResidentEngine", "Rows"]
+__all__ = ["Engine", "ResidentEngine", "Rows", "is_out_of_memory", "no_room"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ResidentEngine:
             with torch.inference_mode():
                 return self._forward([prompts[index] for index in batch.prompts], layers, mean)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return None
 
@@ -121,11 +121,7 @@ class ResidentEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch.prompts) == 1:
-            raise OutOfMemoryError(
-                f"expected room for a prompt of {len(prompts[batch.prompts[0]])} tokens beside the "
-                "weights, but memory ran out; use fewer layers, --truncate on shorter texts, "
-                "another --dtype or --device-map auto"
-            )
+            raise no_room(len(prompts[batch.prompts[0]]))
         self._largest_padded = batch.padded_tokens // 2
 
     def _forward(
@@ -213,7 +209,16 @@ def _selector(
     return means_of if mean else rows_of
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def no_room(tokens: int) -> OutOfMemoryError:
+    """The error for a prompt of so many tokens that does not fit even alone."""
+    return OutOfMemoryError(
+        f"expected room for a prompt of {tokens} tokens beside the weights, but memory ran out; "
+        "use fewer layers, --truncate on shorter texts, another --dtype or --device-map auto"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -45,6 +45,11 @@ class LoadedModel:
         """The attention implementation that transformers chose."""
         return str(getattr(self.model.config, "_attn_implementation", None))
 
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether tokens are routed to experts, where rounding can change a token's route."""
+        return any("expert" in name for name, _ in self.model.named_modules())
+
     @property
     def pad_token_id(self) -> int:
         """Some id to fill a batch with; the model's own, because RoBERTa counts positions by it."""
