@@ -1,0 +1,97 @@
+"""Batches hold every prompt once within the budget; layers are named as the guide names them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probecache.errors import LayerError, UsageError
+from probecache.plan import Batch, count_distinct_prefixes, parse_layers, plan_batches
+from probecache.types import TokenizedPrompt
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
+def test_every_prompt_is_in_one_batch_that_keeps_the_budget(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch.prompts) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch.padded_length == max(lengths[i] for i in batch.prompts)
+        assert batch.padded_tokens == len(batch.prompts) * batch.padded_length
+        assert batch.padded_tokens <= budget or len(batch.prompts) == 1
+    sizes = [batch.padded_length for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_no_two_neighbouring_batches_would_fit_into_one(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    for first, second in zip(batches, batches[1:], strict=False):
+        assert (len(first.prompts) + 1) * first.padded_length > budget
+        assert first.padded_length >= second.padded_length
+
+
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=30, unique=True))
+def test_halves_share_the_prompts_out_and_keep_the_padding(prompts):
+    batch = Batch(tuple(prompts), padded_length=7)
+    first, second = batch.halves()
+    assert first.prompts + second.prompts == batch.prompts
+    assert first.prompts
+    assert second.prompts
+    assert (first.padded_length, second.padded_length) == (7, 7)
+
+
+def test_a_budget_below_one_token_is_refused():
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        plan_batches([3], 0)
+
+
+# Few ids, so that prefixes are shared; 256 and 65536 differ from 1 in another byte only.
+_IDS = st.lists(st.sampled_from([0, 1, 255, 256, 65536]), min_size=1, max_size=7)
+
+
+@given(st.lists(_IDS, max_size=12))
+def test_distinct_prefixes_are_as_many_as_a_set_of_them_holds(prompts):
+    every = {tuple(ids[:n]) for ids in prompts for n in range(1, len(ids) + 1)}
+    tokenized = [
+        TokenizedPrompt(np.array(ids, dtype=np.int32), np.array([0], dtype=np.int32))
+        for ids in prompts
+    ]
+    assert count_distinct_prefixes(tokenized) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("10,20,23", (10, 20, 23)),
+        ("23, 10 ,10", (10, 23)),
+        ("all", tuple(range(25))),
+        ("5-8", (5, 6, 7, 8)),
+        ("0-24:10", (0, 10, 20)),
+        ("4-24:10", (4, 14, 24)),
+        ("-1", (24,)),
+        ("-25", (0,)),
+        ("-3--1", (22, 23, 24)),
+        ("20--2", (20, 21, 22, 23)),
+        ("1,-1,3-4", (1, 3, 4, 24)),
+        ([3, -1], (3, 24)),
+        ((7,), (7,)),
+    ],
+)
+def test_layers_are_read_from_lists_ranges_and_the_end(text, layers):
+    assert parse_layers(text, 24) == layers
+
+
+@pytest.mark.parametrize("text", ["25", "-26", "20-30", "1,99", "-30-5", [25]])
+def test_a_layer_that_the_model_lacks_is_refused_with_the_range(text):
+    with pytest.raises(LayerError, match=r"from 0 \(embeddings\) to 24 \(after the last block\)"):
+        parse_layers(text, 24)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,,2", "1.5", "8-5", "1-5:0", "1:2", "-", "--1", "²", "9" * 5000, [], [True]]
+)
+def test_text_that_names_no_layers_is_refused(text):
+    with pytest.raises(UsageError, match="expected"):
+        parse_layers(text, 24)
