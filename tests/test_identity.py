@@ -61,5 +61,5 @@ def test_weights_are_compared_on_the_layers_that_both_know():
 
 
 def test_a_field_that_does_not_exist_cannot_be_allowed():
-    with pytest.raises(UsageError, match="one of layer_convention, .*got 'colour'"):
+    with pytest.raises(UsageError, match=r"one of layer_convention, .*got 'colour'"):
         require_same(HERE, HERE, SCORING, what="", allowed=["dtype", "colour"])

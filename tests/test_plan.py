@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,7 +29,7 @@ def test_every_prompt_is_in_one_batch_that_keeps_the_budget(lengths, budget):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
 def test_no_two_neighbouring_batches_would_fit_into_one(lengths, budget):
     batches = plan_batches(lengths, budget)
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in itertools.pairwise(batches):
         assert (len(first.prompts) + 1) * first.padded_length > budget
         assert first.padded_length >= second.padded_length
 

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["check_engine", "tolerance"]
 
 _PROMPTS = 4
-# Multiples of the dtype's rounding step. One-by-one and batched forwards of correct models were
-# seen to differ by up to 20 steps; a wrong mask or position moves rows by a tenth of their length.
-_STEPS = {Dtype.FLOAT32: 800, Dtype.FLOAT16: 40, Dtype.BFLOAT16: 12}
+# Multiples of the dtype's rounding step. Measured on a CPU, worst row of 22 tiny random families:
+# 14, 3 and 3.1 steps; of a trained Llama of 24 blocks: 4, 1.6 and 1.7; of random models of 80
+# blocks with weights far larger than trained ones: 41, 12 and 9. Accelerators, which choose other
+# kernels for other shapes, are not measured. A mask ignored or positions moved gave rows wrong by
+# 0.4 to 1.9 of their length, so the limits stay well above the one and below the other.
+_STEPS = {Dtype.FLOAT32: 800, Dtype.FLOAT16: 40, Dtype.BFLOAT16: 20}
 _STEP = {Dtype.FLOAT32: 2.0**-23, Dtype.FLOAT16: 2.0**-10, Dtype.BFLOAT16: 2.0**-7}
 # A token that rounding sends to another expert differs wholly, and tokens that see it a little. No
 # more than this share may, and without experts none may differ by more than so many tolerances.

@@ -1,0 +1,589 @@
+"""Caches and runs: read back by plain torch, refused when unfinished, damaged or forged."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import IDENTITY, blueprint_of, labelled, rows_of, write_cache
+
+from probecache.errors import LayerNotCachedError, OutputError, StoreError, UsageError
+from probecache.fit import fit_difference_of_means
+from probecache.store.describe import describe
+from probecache.store.layout import class_prefixes
+from probecache.store.reader import open_cache
+from probecache.store.tensorfile import file_bytes
+from probecache.store.vectors import load_vectors, save_run
+from probecache.store.writer import open_writer
+
+HIDDEN = 6
+RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")
+IS_TESTING = torch.tensor([True, False, False, True, False])
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def rows(seed=0, count=5, hidden=HIDDEN, dtype="float32"):
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(count, hidden, generator=made).to(getattr(torch, dtype))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return write_cache(tmp_path / "cache", RECORDS, {10: rows(10), 20: rows(20)})
+
+
+@pytest.fixture
+def token_cache(tmp_path):
+    tokens = [2, 3, 1, 2, 1]
+    return write_cache(
+        tmp_path / "cache", RECORDS, {10: rows(1, 9)}, tokens=tokens, positions="all"
+    )
+
+
+# ---------------------------------------------------------------- written and read back
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_torch_reads_the_rows_that_were_written(tmp_path, dtype):
+    written = {layer: rows(layer, dtype=dtype) for layer in (0, 20)}
+    cache = write_cache(tmp_path / "cache", RECORDS, written)
+    for layer in written:
+        folder = tmp_path / "cache" / f"layer_{layer}"
+        for prefix, mine in (("test", IS_TESTING), ("deploy", ~IS_TESTING)):
+            for mmap in (False, True):
+                found = torch.load(
+                    folder / f"{prefix}_activations.pt", weights_only=True, mmap=mmap
+                )
+                assert found.dtype == getattr(torch, dtype)
+                assert torch.equal(found, written[layer][mine])
+        assert torch.equal(cache["testing", layer], written[layer][IS_TESTING])
+        assert torch.equal(cache["deploy", layer], written[layer][~IS_TESTING])
+        (start, chunk), *_ = cache.chunks("testing", layer)
+        assert start == 0
+        assert torch.equal(torch.from_numpy(chunk), written[layer][IS_TESTING].float())
+
+
+def test_rows_may_come_in_any_order(tmp_path):
+    values, tokens = rows(3, 9), [2, 3, 1, 2, 1]
+    ends = np.cumsum(tokens)
+    blueprint = blueprint_of(RECORDS, [7], HIDDEN, positions="all", tokens=tokens)
+    with open_writer(tmp_path / "c", blueprint) as writer:
+        for batch in ([4, 0], [3], [2, 1]):
+            pieces = [values[ends[i] - tokens[i] : ends[i]] for i in batch]
+            writer.write(7, batch, torch.cat(pieces))
+        writer.write_tokens(np.arange(9))
+        identity = IDENTITY.__class__(
+            **{**IDENTITY.__dict__, "hidden_size": HIDDEN, "positions": "all"}
+        )
+        writer.commit(identity, {}, {})
+    ordered = write_cache(tmp_path / "d", RECORDS, {7: values}, tokens=tokens, positions="all")
+    for label in ("testing", "deployment"):
+        assert torch.equal(open_cache(tmp_path / "c")[label, 7], rows_of(ordered, label, 7))
+
+
+def test_kept_token_ids_are_those_of_the_class(token_cache):
+    saved = torch.load(token_cache.path / "tokens.pt", weights_only=True)
+    assert saved.dtype == torch.int32
+    assert saved.tolist() == list(range(9))
+    assert token_cache.tokens("testing").tolist() == [0, 1, 2, 3]
+    assert token_cache.tokens("deploy").tolist() == [4, 5, 6, 7, 8]
+
+
+def test_every_entry_of_the_metadata_says_where_its_rows_are(token_cache):
+    entries = json.loads((token_cache.path / "metadata.json").read_text())
+    assert [entry["idx"] for entry in entries] == [0, 1, 2, 3, 4]
+    assert [entry["class"] for entry in entries] == [record["type"] for record in RECORDS]
+    assert [entry["rows"] for entry in entries] == [[0, 2], [0, 3], [3, 4], [2, 4], [4, 5]]
+    assert [entry["n_tokens"] for entry in entries] == [2, 3, 1, 2, 1]
+    assert entries[0]["question"] == "question 0"
+
+
+def test_the_manifest_says_what_the_guide_reads(cache):
+    info = json.loads((cache.path / "layer_info.json").read_text())
+    assert info["layers"] == [10, 20]
+    assert info["num_examples"] == 5
+    assert "0 = embeddings" in info["layer_convention"]
+    for name, record in info["files"].items():
+        content = (cache.path / name).read_bytes()
+        assert record["sha256"] == hashlib.sha256(content).hexdigest()
+        assert record["bytes"] == len(content)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writing_through_a_tensor_never_changes_the_file(tmp_path, dtype):
+    cache = write_cache(tmp_path / "cache", RECORDS, {10: rows(dtype=dtype)})
+    before = rows_of(cache, "testing", 10)
+    tensor = cache["testing", 10]
+    tensor.fill_(7)
+    assert (tensor == 7).all()
+    assert torch.equal(rows_of(cache, "testing", 10), before)
+    assert torch.equal(cache["testing", 10], before)
+
+
+def test_equal_data_give_equal_bytes_under_any_name(tmp_path):
+    for name in ("a", "another_name"):
+        write_cache(tmp_path / name, RECORDS, {10: rows()}, tokens=[1] * 5, positions="all")
+    for path in [*sorted((tmp_path / "a").rglob("*.pt")), tmp_path / "a" / "metadata.json"]:
+        twin = tmp_path / "another_name" / path.relative_to(tmp_path / "a")
+        assert path.read_bytes() == twin.read_bytes()
+
+
+def test_the_blueprint_knows_every_byte_before_anything_is_written(tmp_path):
+    tokens = [2, 3, 1, 2, 1]
+    cache = write_cache(tmp_path / "c", RECORDS, {3: rows(0, 9)}, tokens=tokens, positions="all")
+    blueprint = blueprint_of(RECORDS, [3], HIDDEN, positions="all", tokens=tokens)
+    written = sum(path.stat().st_size for path in cache.path.rglob("*") if path.is_file())
+    assert blueprint.total_bytes(cache.identity) == written
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int32"])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (1000, 64)])
+def test_a_tensor_file_is_as_large_as_foretold(tmp_path, dtype, shape):
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(shape, dtype=getattr(torch, dtype)), buffer)
+    assert file_bytes(shape, dtype) == len(buffer.getvalue())
+
+
+# ---------------------------------------------------------------- what it does not hold
+
+
+def test_a_layer_that_is_not_cached_is_refused_with_those_that_are_and_a_command(cache):
+    with pytest.raises(LayerNotCachedError) as caught:
+        cache["testing", 25]
+    message = str(caught.value)
+    assert "Layer 25 not found in cache" in message
+    assert "cached layers are 10, 20" in message
+    assert (
+        f"probecache extract --model org/planted --data DATA --layers 25 --output {cache.path}"
+        in (message)
+    )
+
+
+def test_an_unknown_class_is_refused_with_those_that_are(cache):
+    with pytest.raises(UsageError, match="testing, deployment, got 'neither'"):
+        cache["neither", 10]
+
+
+# ---------------------------------------------------------------- names of classes
+
+HOSTILE = [
+    "../x",
+    "..",
+    "/etc/passwd",
+    "A",
+    "a",
+    "測試",
+    "試",
+    "",
+    " ",
+    "a/b",
+    "a_b",
+    "con\x00",
+    "-",
+]
+HOSTILE += ["x" * 300, "test", "testing", "deploy", "deployment", "tokens", "a\nb", "."]
+
+
+@given(st.lists(st.text(max_size=8) | st.sampled_from(HOSTILE), unique=True, max_size=12))
+def test_prefixes_are_safe_and_differ_even_where_case_does_not_count(labels):
+    prefixes = class_prefixes(tuple(labels))
+    assert list(prefixes) == labels
+    assert len({prefix.casefold() for prefix in prefixes.values()}) == len(labels)
+    for prefix in prefixes.values():
+        assert prefix
+        assert len(prefix) <= 64
+        assert set(prefix) <= set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+        )
+
+
+def test_classes_of_hostile_names_stay_in_the_folder_and_apart(tmp_path):
+    labels = [label for label in HOSTILE if label.strip()]
+    values = rows(0, len(labels))
+    cache = write_cache(tmp_path / "in" / "cache", labelled(*labels), {10: values})
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["cache"]
+    assert len(list((cache.path / "layer_10").iterdir())) == len(labels)
+    for place, label in enumerate(labels):
+        assert torch.equal(cache[label, 10], values[place : place + 1]), label
+
+
+# ---------------------------------------------------------------- unfinished or cut
+
+
+def test_a_folder_without_manifest_is_refused_as_unfinished(cache):
+    (cache.path / "layer_info.json").unlink()
+    with pytest.raises(StoreError, match="did not finish"):
+        open_cache(cache.path)
+    with pytest.raises(StoreError, match="nothing there"):
+        open_cache(cache.path / "none")
+
+
+@pytest.mark.parametrize("name", ["layer_10/test_activations.pt", "tokens.pt"])
+def test_a_file_that_was_cut_or_is_missing_is_refused_by_name(token_cache, name):
+    path = token_cache.path / name
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(StoreError, match=f"{name} to have .* the file was cut"):
+        open_cache(token_cache.path)
+    path.unlink()
+    with pytest.raises(StoreError, match=f"expected the file .*{name}, got: No such file"):
+        open_cache(token_cache.path)
+
+
+def test_a_missing_metadata_file_is_refused(cache):
+    (cache.path / "metadata.json").unlink()
+    with pytest.raises(StoreError, match=r"metadata\.json, got: No such file"):
+        _ = open_cache(cache.path).examples
+
+
+# ---------------------------------------------------------------- forged manifests
+
+FILE = "layer_10/test_activations.pt"
+FORGERIES = {
+    "another shape": lambda m: m["files"][FILE].update(shape=[3, HIDDEN]),
+    "a shape of other rank": lambda m: m["files"][FILE].update(shape=[2 * HIDDEN]),
+    "another dtype": lambda m: m["files"][FILE].update(dtype="bfloat16"),
+    "a dtype that is none": lambda m: m["files"]["tokens.pt"].update(dtype="object"),
+    "tokens of a negative shape": lambda m: m["files"]["tokens.pt"].update(shape=[-1]),
+    "tokens of a shape that wraps": lambda m: m["files"]["tokens.pt"].update(shape=[2**40, 2**40]),
+    "tokens of another number": lambda m: m["files"]["tokens.pt"].update(shape=[8]),
+    "tokens of a float dtype": lambda m: m["files"]["tokens.pt"].update(dtype="float32"),
+    "no tokens": lambda m: m["files"].pop("tokens.pt"),
+    "an offset beyond the file": lambda m: m["files"][FILE].update(offset=10**6),
+    "a negative offset": lambda m: m["files"][FILE].update(offset=-8),
+    "an offset beyond 64 bits": lambda m: m["files"][FILE].update(offset=2**70),
+    "another size": lambda m: m["files"][FILE].update(bytes=10**15),
+    "no hash": lambda m: m["files"][FILE].update(sha256=""),
+    "a file outside": lambda m: m["files"].update({"../../etc/passwd": m["files"][FILE]}),
+    "an absolute file": lambda m: m["files"].update({"/etc/passwd": m["files"][FILE]}),
+    "a file too many": lambda m: m["files"].update({"layer_11/x.pt": m["files"][FILE]}),
+    "a layer too many": lambda m: m["layers"].append(11),
+    "a layer twice": lambda m: m["layers"].append(10),
+    "a layer below none": lambda m: m.update(layers=[-1]),
+    "a layer that is text": lambda m: m.update(layers=["../10"]),
+    "more layers than the model has": lambda m: m["identity"].update(num_hidden_layers=9),
+    "a prefix that leads outside": lambda m: m["classes"]["testing"].update(prefix="../x"),
+    "an empty prefix": lambda m: m["classes"]["testing"].update(prefix=""),
+    "a prefix of two classes": lambda m: m["classes"]["testing"].update(prefix="deploy"),
+    "rows below none": lambda m: m["classes"]["testing"].update(rows=-1),
+    "rows beyond the file": lambda m: m["classes"]["testing"].update(rows=10**30),
+    "no classes": lambda m: m.update(classes={}),
+    "another width": lambda m: m.update(hidden_size=HIDDEN + 1),
+    "no width": lambda m: m.update(hidden_size=0),
+    "a width that is text": lambda m: m.update(hidden_size="wide"),
+    "an unknown dtype": lambda m: m.update(dtype="float8"),
+    "unknown positions": lambda m: m.update(positions="everywhere"),
+    "positions of one row": lambda m: m.update(positions="last"),
+    "another format": lambda m: m.update(format="other"),
+    "a later version": lambda m: m.update(format_version=2),
+    "a field too many": lambda m: m.update(surprise=1),
+    "an identity that is none": lambda m: m.update(identity="me"),
+    "an identity without weights": lambda m: m["identity"].pop("weights"),
+    "files that are a list": lambda m: m.update(files=[]),
+    "no examples": lambda m: m.update(num_examples=0),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_manifest_is_refused(token_cache, forgery):
+    path = token_cache.path / "layer_info.json"
+    manifest = json.loads(path.read_text())
+    FORGERIES[forgery](manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="expected"):
+        open_cache(token_cache.path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"layers": ' + b"9" * 5000 + b"}"],
+)
+def test_a_manifest_that_is_no_json_object_is_refused(cache, content):
+    (cache.path / "layer_info.json").write_bytes(content)
+    with pytest.raises(StoreError, match=r"layer_info\.json"):
+        open_cache(cache.path)
+
+
+ENTRY_FORGERIES = {
+    "rows beyond the class": lambda e: e[0].update(rows=[0, 100]),
+    "rows of another example": lambda e: e[3].update(rows=[0, 2]),
+    "rows backwards": lambda e: e[0].update(rows=[2, 0]),
+    "negative rows": lambda e: e[0].update(rows=[-2, 0]),
+    "a number out of order": lambda e: e[0].update(idx=3),
+    "a number beyond all": lambda e: e[0].update(idx=10**12),
+    "another class": lambda e: e[2].update({"class": "testing"}),
+    "an unknown class": lambda e: e[2].update({"class": "third"}),
+    "an example less": lambda e: e.pop(),
+    "no tokens": lambda e: e[0].update(n_tokens=0),
+    "a question that is none": lambda e: e[0].update(question=None),
+    "a field too many": lambda e: e[0].update(surprise=1),
+    "no entries": lambda e: e.clear(),
+}
+
+
+@pytest.mark.parametrize("forgery", ENTRY_FORGERIES)
+def test_forged_metadata_are_refused(token_cache, forgery):
+    path = token_cache.path / "metadata.json"
+    entries = json.loads(path.read_text())
+    ENTRY_FORGERIES[forgery](entries)
+    path.write_text(json.dumps(entries))
+    with pytest.raises(StoreError, match=r"metadata\.json"):
+        _ = open_cache(token_cache.path).examples
+
+
+# ---------------------------------------------------------------- failing and being killed
+
+
+def test_a_disk_that_fills_up_midway_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    real, calls = os.pwrite, []
+
+    def pwrite(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OutputError, match=r"disk or quota is full .* nothing was kept"):
+        write_cache(tmp_path / "cache", RECORDS, {10: rows()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_hold_the_files_is_told_before_the_first_row(tmp_path, monkeypatch):
+    def fallocate(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with (
+        pytest.raises(OutputError, match="disk or quota is full"),
+        open_writer(tmp_path / "cache", blueprint_of(RECORDS, [1], HIDDEN)),
+    ):
+        pytest.fail("the writer opened")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_short_writes_are_finished(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(data)[:5], at))
+    cache = write_cache(tmp_path / "cache", RECORDS, {10: rows()})
+    assert torch.equal(rows_of(cache, "testing", 10), rows()[IS_TESTING])
+
+
+def test_layers_are_added_without_touching_those_that_are_there(cache):
+    before = (cache.path / "layer_10" / "test_activations.pt").stat()
+    new = rows(15)
+    grown = write_cache(cache.path, RECORDS, {15: new}, add_to=cache)
+    assert grown.layers == (10, 15, 20)
+    assert torch.equal(rows_of(grown, "testing", 15), new[IS_TESTING])
+    after = (cache.path / "layer_10" / "test_activations.pt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert sorted(open_cache(cache.path).identity.weights) == [10, 15, 20]
+    assert [path.name for path in cache.path.parent.iterdir()] == ["cache"]
+
+
+def test_added_layers_count_only_once_the_manifest_names_them(cache, monkeypatch):
+    before = (cache.path / "layer_info.json").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("probecache.store.writer.write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(cache.path, RECORDS, {15: rows(15)}, add_to=cache)
+    monkeypatch.undo()
+    assert (cache.path / "layer_info.json").read_bytes() == before
+    assert open_cache(cache.path).layers == (10, 20)
+    again = write_cache(cache.path, RECORDS, {15: rows(16)}, add_to=open_cache(cache.path))
+    assert torch.equal(rows_of(again, "testing", 15), rows(16)[IS_TESTING])
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_cache_or_none(tmp_path):
+    moments = random.Random(0)
+    activations = {layer: rows(layer, hidden=50_000) for layer in range(6)}
+    started = time.perf_counter()
+    write_cache(tmp_path / "whole", RECORDS, activations)
+    usual = time.perf_counter() - started
+    found = []
+    for trial in range(12):
+        final = tmp_path / f"cache_{trial}"
+        child = os.fork()
+        if child == 0:
+            write_cache(final, RECORDS, activations)
+            os._exit(0)
+        time.sleep(moments.uniform(0, 1.3 * usual))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found.append(final.exists())
+        if final.exists():
+            cache = open_cache(final)
+            for name, record in cache.info.files.items():
+                content = (final / name).read_bytes()
+                assert hashlib.sha256(content).hexdigest() == record.sha256
+    assert not all(found), "no trial was killed early enough to show anything"
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = np.random.default_rng(0)
+    probes = {
+        layer: fit_difference_of_means(made.normal(1, 1, (4, 5)), made.normal(0, 1, (3, 5)))
+        for layer in (4, 12)
+    }
+    about = {
+        "method": "difference of means",
+        "positive_class": "deployment",
+        "negative_class": "testing",
+        "hidden_size": 5,
+        "source_cache": "somewhere",
+        "source_cache_sha256": "0" * 64,
+        "identity": IDENTITY,
+    }
+    return save_run(tmp_path / "run", probes, about), probes, about
+
+
+def test_a_run_holds_raw_and_unit_vectors_and_explains_itself_in_both(run):
+    folder, probes, _ = run
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "normalized_vectors",
+        "run.json",
+        "vectors",
+    ]
+    for name in ("vectors", "normalized_vectors"):
+        info = json.loads((folder / name / "vectors.json").read_text())
+        assert info["positive_class"] == "deployment"
+        assert info["normalized"] == (name == "normalized_vectors")
+        assert "residual stream after L blocks" in info["layer_convention"]
+        assert sorted(info["layers"]) == ["12", "4"]
+    for layer, probe in probes.items():
+        raw = torch.load(folder / "vectors" / f"layer_{layer}.pt", weights_only=True)
+        unit = torch.load(folder / "normalized_vectors" / f"layer_{layer}.pt", weights_only=True)
+        assert raw.dtype == unit.dtype == torch.float32
+        assert raw.shape == unit.shape == (5,)
+        assert unit.double().norm().item() == pytest.approx(1, abs=1e-6)
+        assert torch.allclose(raw, unit * probe.raw_norm, rtol=1e-6)
+        assert torch.equal(load_vectors(folder)[layer], unit)
+        assert torch.equal(load_vectors(folder / "vectors")[layer], raw)
+
+
+def test_thresholds_are_in_the_units_of_their_folders_scores(run):
+    folder, probes, _ = run
+    unit, raw = load_vectors(folder), load_vectors(folder / "vectors")
+    for layer, probe in probes.items():
+        assert unit.info.layers[layer].threshold == probe.threshold
+        assert raw.info.layers[layer].threshold == pytest.approx(probe.threshold * probe.raw_norm)
+
+
+def test_a_copied_folder_of_vectors_loads_and_means_the_same(run, tmp_path):
+    import shutil
+
+    folder, _, _ = run
+    copy = shutil.copytree(folder / "normalized_vectors", tmp_path / "elsewhere")
+    shutil.rmtree(folder)
+    found = load_vectors(copy)
+    assert found.layers == (4, 12)
+    assert found.info.positive_class == "deployment"
+
+
+def test_a_flipped_bit_in_a_vector_is_refused(run):
+    folder, _, _ = run
+    path = folder / "normalized_vectors" / "layer_12.pt"
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), 97):
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(StoreError, match=r"layer_12\.pt as it was written"):
+            load_vectors(folder)
+        content[place] ^= 1
+    path.write_bytes(content)
+    load_vectors(folder)
+
+
+VECTOR_FORGERIES = {
+    "a file of other width": lambda m: m["layers"]["4"]["file"].update(shape=[4]),
+    "a file of no width": lambda m: m["layers"]["4"]["file"].update(shape=[-5]),
+    "another width": lambda m: m.update(hidden_size=4),
+    "a threshold that is no number": lambda m: m["layers"]["4"].update(threshold=float("nan")),
+    "an infinite threshold": lambda m: m["layers"]["4"].update(threshold=float("inf")),
+    "a norm of nothing": lambda m: m["layers"]["4"].update(raw_norm=0),
+    "a layer that is a path": lambda m: m["layers"].update({"../4": m["layers"]["4"]}),
+    "a layer without file": lambda m: m["layers"].update({"5": m["layers"]["4"]}),
+    "no layers": lambda m: m.update(layers={}),
+    "another format": lambda m: m.update(format="probecache"),
+    "no positive class": lambda m: m.pop("positive_class"),
+}
+
+
+@pytest.mark.parametrize("forgery", VECTOR_FORGERIES)
+def test_forged_vectors_are_refused(run, forgery):
+    folder, _, _ = run
+    path = folder / "normalized_vectors" / "vectors.json"
+    manifest = json.loads(path.read_text())
+    VECTOR_FORGERIES[forgery](manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="expected"):
+        load_vectors(folder)
+
+
+def test_two_runs_in_one_second_get_two_names(run, tmp_path):
+    folder, probes, about = run
+    second = save_run(tmp_path / "run", probes, about)
+    third = save_run(tmp_path / "run", probes, about)
+    assert len({folder, second, third}) == 3
+    for path in (folder, second, third):
+        stamp = path.name.removeprefix("run_")
+        time.strptime(stamp, "%Y%m%d_%H%M%S")
+        assert load_vectors(path).layers == (4, 12)
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_run_without_a_name_is_refused(run, name):
+    with pytest.raises(OutputError, match="name a run"):
+        save_run(Path(name), run[1], run[2])
+
+
+def test_a_place_without_vectors_is_refused_with_where_to_point(tmp_path):
+    with pytest.raises(StoreError, match="RUN/normalized_vectors"):
+        load_vectors(tmp_path)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def test_a_cache_and_a_run_are_described(cache, run):
+    text = "\n".join(describe(cache.path))
+    for word in ("org/planted", "10,20", "testing 2 examples", "0 = embeddings", "float32"):
+        assert word in text
+    text = "\n".join(describe(run[0]))
+    for word in ("unit norm", "deployment (against testing)", "4,12"):
+        assert word in text
+
+
+def test_control_characters_of_foreign_names_are_shown_and_not_obeyed(tmp_path):
+    name = "org/\x1b[2J\x07evil"
+    write_cache(tmp_path / "c", RECORDS, {10: rows()}, model=name)
+    text = "".join(describe(tmp_path / "c"))
+    assert "\\x1b[2J\\x07evil" in text
+    assert "\x1b" not in text
+
+
+def test_a_place_that_is_neither_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="a folder without their manifests"):
+        describe(tmp_path)
+    with pytest.raises(StoreError, match="nothing there"):
+        describe(tmp_path / "none")
