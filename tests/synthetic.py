@@ -85,6 +85,7 @@ def blueprint_of(
         dtype=Dtype(dtype),
         positions=Positions(positions),
         num_examples=dataset.num_examples,
+        data_source="planted.json",
         classes={
             label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
             for label in dataset.labels

@@ -204,21 +204,13 @@ def test_each_layer_has_a_row_with_its_numbers(tmp_path):
         assert "12 + 9" in row
 
 
-def test_a_layer_chosen_on_these_prompts_is_called_optimistic(tmp_path):
-    several, one = save(tmp_path / "several"), save(tmp_path / "one", layers=[4])
-    write_report(several)
-    write_report(one)
-    assert "chosen on these prompts, so its AUROC is optimistic" in Page(several).text
-    assert "optimistic" not in Page(one).text
-
-
-def test_layers_below_chance_as_a_whole_are_named(tmp_path):
-    def turned(labels, layer):
-        return -labels.astype(float) if layer == 8 else planted_scores(labels, 4)
-
-    folder = save(tmp_path / "v", layers=(4, 8), scores=turned)
-    write_report(folder)
-    assert "Below chance as a whole: layer 8." in Page(folder).text
+def test_the_page_warns_of_what_the_summary_warns_of_and_of_nothing_else(tmp_path):
+    warned, clean = save(tmp_path / "warned", warnings=["First.", "Second."]), save(tmp_path / "c")
+    write_report(warned)
+    write_report(clean)
+    assert 'aria-label="Warnings"' in (warned / "report.html").read_text("utf-8")
+    assert "First. Second." in " ".join(Page(warned).text.split())
+    assert 'aria-label="Warnings"' not in (clean / "report.html").read_text("utf-8")
 
 
 def test_the_prompts_at_both_ends_are_those_of_the_best_layer(tmp_path):

@@ -162,14 +162,35 @@ def test_a_tensor_file_is_as_large_as_foretold(tmp_path, dtype, shape):
 
 def test_a_layer_that_is_not_cached_is_refused_with_those_that_are_and_a_command(cache):
     with pytest.raises(LayerNotCachedError) as caught:
-        cache["testing", 25]
-    message = str(caught.value)
-    assert "Layer 25 not found in cache" in message
-    assert "cached layers are 10, 20" in message
-    assert (
-        f"probecache extract --model org/planted --data DATA --layers 25 --output {cache.path}"
-        in (message)
+        cache["testing", 22]
+    assert str(caught.value) == (
+        f"Layer 22 not found in cache {cache.path}: cached layers are 10, 20; add it with: "
+        "probecache extract --model org/planted --data planted.json --layers 22 "
+        f"--output {cache.path} --dtype float32 --positions last"
     )
+
+
+def test_a_layer_that_the_model_lacks_is_refused_with_the_range(cache):
+    with pytest.raises(LayerNotCachedError, match=r"Layer 25 not found .* has layers 0 to 24;"):
+        cache["testing", 25]
+
+
+def test_the_command_that_adds_a_layer_names_every_option_the_cache_was_made_with(tmp_path):
+    cache = write_cache(
+        tmp_path / "cache",
+        RECORDS,
+        {10: rows()},
+        revision="main",
+        system_prompt="Be kind.",
+        chat_template=None,
+        special_tokens_kept=True,
+    )
+    with pytest.raises(LayerNotCachedError) as caught:
+        cache.require_layer(3)
+    assert str(caught.value).endswith(
+        "--system-prompt 'Be kind.' --no-chat-template --keep-special-tokens"
+    )
+    assert "--model org/planted --revision main --data planted.json --layers 3" in str(caught.value)
 
 
 def test_an_unknown_class_is_refused_with_those_that_are(cache):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.dataset import load_dataset
-from probecache.errors import UsageError
+from probecache.errors import LayerError, UsageError
 from probecache.plan import parse_layers
 from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
@@ -104,8 +104,12 @@ def extract(
     return run(request, output, announce)
 
 
-def plan_extraction(*, model: str, data: Data, output: str | Path, **options: Any) -> Plan:
+def plan_extraction(
+    *, model: str, data: Data, output: str | Path | None = None, **options: Any
+) -> Plan:
     """What `extract` with the same arguments would cost; reads no weights and writes nothing.
+
+    Without `output`, of a cache of its own on the current folder's disk.
 
     Raises:
         ProbecacheError: whatever `extract` would refuse before it reads a weight.
@@ -132,7 +136,7 @@ def train(
         cache: a cache's folder; or leave it out and give `model` and `data`.
         model: folder or hub id of the model to run instead.
         data: what to run the model over, or what the cache was made from (checked).
-        layers: which layers; None: all that are cached.
+        layers: which layers; None or "all": all that are cached and have a direction.
         positive_class: the class that a higher score means.
         extraction: with `model`: further arguments of `extract`.
 
@@ -188,15 +192,14 @@ def validate(
             **_as_trained(loaded),
             **{k: v for k, v in extraction.items() if v is not None},
         }
-    everything = layers is None or (isinstance(layers, str) and layers.strip() == "all")
-    wanted = loaded.layers if everything else layers
+    wanted = loaded.layers if _is_all(layers) else layers
     with _source(cache, model, data, wanted, extraction) as (opened, name):
         return validate_on_cache(
             opened,
             loaded,
             output,
             dataset=load_dataset(data) if data is not None else None,
-            layers=_cached_layers(wanted, opened),
+            layers=_cached_layers(layers, opened),
             visualize=visualize,
             allow_mismatch=allow_mismatch,
             source=name,
@@ -293,12 +296,19 @@ def _source(
         )
 
 
+def _is_all(layers: Layers | None) -> bool:
+    return layers is None or (isinstance(layers, str) and layers.strip() == "all")
+
+
 def _cached_layers(layers: Layers | None, cache: Cache) -> tuple[int, ...] | None:
-    if layers is None:
+    """The layers as numbers; None for all that there are."""
+    if layers is None or _is_all(layers):
         return None
-    if isinstance(layers, str) and layers.strip() == "all":
-        return cache.layers
-    return parse_layers(layers, cache.identity.num_hidden_layers)
+    try:
+        return parse_layers(layers, cache.identity.num_hidden_layers)
+    except LayerError as error:
+        cache.require_layer(error.layer)  # says what is cached, which helps more
+        raise
 
 
 def _as_trained(vectors: SavedVectors) -> dict[str, Any]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from probecache.errors import ProbecacheError
-
-if TYPE_CHECKING:
-    from probecache.store.vectors import SavedVectors
-    from probecache.workflow.extract import Plan
-    from probecache.workflow.validate import Validation
+from probecache.terminal import (
+    print_cache,
+    print_plan,
+    print_start,
+    print_validation,
+    print_vectors,
+)
 
 __all__ = ["app", "main"]
 
@@ -140,7 +142,7 @@ def extract(
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
 ) -> None:
-    """Run a model over labelled prompts and cache the residual stream.
+    """Run a model over prompts and cache its residual stream.
 
     Into an existing cache of the same model and data only the missing layers are added.
     """
@@ -155,17 +157,9 @@ def extract(
         **_extraction(locals()),
     }
     if dry_run:
-        _print_plan(api.plan_extraction(**options))
+        print_plan(api.plan_extraction(**options))
         return
-    cache = api.extract(**options, announce=_print_start)
-    timing = cache.info.timing
-    size = sum(record.bytes for record in cache.info.files.values())
-    print(
-        f"{output} holds {cache.info.num_examples} examples x {len(cache.layers)} layers, "
-        f"{_bytes(size)}\n"
-        f"  load {timing['load_s']:.1f} s, extract {timing['extract_s']:.1f} s, "
-        f"write {timing['write_s']:.1f} s, peak memory {_bytes(int(timing['peak_memory']))}"
-    )
+    print_cache(api.extract(**options, announce=print_start))
 
 
 @app.command()
@@ -173,8 +167,11 @@ def plan(
     model: ModelOption,
     data: DataOption,
     output: Annotated[
-        Path, typer.Option("--output", help="Where the cache would be; its disk is looked at.")
-    ] = Path("activations_cache"),
+        Path | None,
+        typer.Option(
+            "--output", help="Where the cache would be; what it holds already is not counted."
+        ),
+    ] = None,
     layers: LayersOption = "all",
     dtype: DtypeOption = None,
     positions: PositionsOption = None,
@@ -188,13 +185,14 @@ def plan(
     device_map: DeviceMapOption = None,
     batch_tokens: BatchOption = None,
 ) -> None:
-    """Print what an extraction would cost: tokens, bytes on disk, weights to read, memory."""
+    """Print what an extraction would cost.
+
+    Tokens, exact bytes on disk, bytes of weights to read, memory. Reads no weights, writes nothing.
+    """
     from probecache import api
 
     options = _extraction(locals())
-    _print_plan(
-        api.plan_extraction(model=model, data=data, output=output, layers=layers, **options)
-    )
+    print_plan(api.plan_extraction(model=model, data=data, output=output, layers=layers, **options))
 
 
 @app.command()
@@ -222,7 +220,10 @@ def train(
     batch_tokens: BatchOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Fit a direction per layer (difference of means), from a cache or straight from a model."""
+    """Fit a direction per layer from a cache, or from a model.
+
+    The direction is mean(positive class) - mean(the others), accumulated in float64.
+    """
     from probecache import api
 
     vectors = api.train(
@@ -234,7 +235,7 @@ def train(
         positive_class=positive_class,
         **_announced(locals()),
     )
-    _print_vectors(vectors)
+    print_vectors(vectors)
 
 
 @app.command()
@@ -275,7 +276,10 @@ def validate(
     batch_tokens: BatchOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Score prompts with vectors: statistics per prompt, AUROC per layer, plots and report."""
+    """Score prompts with vectors: AUROC per layer, plots.
+
+    Writes statistics per prompt and layer, a summary, and with --visualize plots and a report.
+    """
     from probecache import api
 
     result = api.validate(
@@ -289,14 +293,14 @@ def validate(
         allow_mismatch=allow_mismatch or (),
         **_announced(locals()),
     )
-    _print_validation(result)
+    print_validation(result)
 
 
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A cache, a run, or a folder of vectors.")],
 ) -> None:
-    """Show what a cache or run holds and where it came from."""
+    """Show what a cache or run holds, and its origin."""
     from probecache.store.describe import describe
 
     print("\n".join(describe(path)))
@@ -316,7 +320,11 @@ def make_validation(
     count: Annotated[int, typer.Option("--count", min=1, help="Prompts of each class.")] = 150,
     seed: Annotated[int, typer.Option("--seed", help="Which prompts are drawn.")] = 0,
 ) -> None:
-    """Build a labelled validation file from GSM8K and an instruction set."""
+    """Build a data file of test questions and instructions.
+
+    From the hub (GSM8K and Alpaca, with the extra probecache[hub]) or from local files; the same
+    seed gives the same file.
+    """
     from probecache.make_validation import make_validation as run
 
     made = run(testing, deployment, output, count=count, seed=seed)
@@ -329,7 +337,10 @@ def demo(
         Path, typer.Option("--output", help="Folder for all results; _<time> is added.")
     ] = Path("demo"),
 ) -> None:
-    """Run the whole workflow on the model and data that ship with probecache."""
+    """Run the whole workflow on a model that ships.
+
+    Extracts twice, trains, validates and draws, in a few seconds, without network or GPU.
+    """
     from probecache.demo import run_demo
 
     run_demo(output)
@@ -362,104 +373,7 @@ def _extraction(given: dict[str, Any]) -> dict[str, Any]:
 def _announced(given: dict[str, Any]) -> dict[str, Any]:
     """The same for a command that extracts only where a model is given."""
     options = _extraction(given)
-    return {**options, "announce": _print_start} if given["model"] is not None else options
-
-
-# ---------------------------------------------------------------- what is printed
-
-
-def _print_start(planned: Plan) -> None:
-    if not planned.layers:
-        print(f"Nothing to do: layers {_list(planned.cached_layers)} are cached already.")
-    else:
-        print(
-            f"Extracting layers {_list(planned.layers)} of {planned.model} "
-            f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
-            f"{planned.tokens:,} tokens, positions {planned.positions}",
-            flush=True,
-        )
-
-
-def _print_plan(planned: Plan) -> None:
-    shared = planned.tokens / planned.distinct_prefix_tokens
-    lines = [
-        ("model", f"{planned.model}: {planned.num_hidden_layers} blocks x {planned.hidden_size}"),
-        ("data", planned.data),
-        ("prompts", f"{planned.prompts:,}"),
-        ("tokens", f"{planned.tokens:,}"),
-        ("distinct-prefix tokens", f"{planned.distinct_prefix_tokens:,} ({shared:.1f} x fewer)"),
-        ("layers", f"{_list(planned.layers) or 'none missing'} ({len(planned.layers)})"),
-        ("positions", f"{planned.positions}: {planned.rows_per_layer:,} rows per layer"),
-        ("dtype", planned.dtype),
-        ("disk per layer", f"{planned.bytes_per_layer:,} bytes"),
-        ("disk in all", f"{planned.bytes_total:,} bytes ({_bytes(planned.bytes_total)})"),
-        ("disk free", f"{planned.bytes_free:,} bytes at {planned.output}"),
-        ("weights to read", f"{planned.weight_bytes:,} bytes ({_bytes(planned.weight_bytes)})"),
-        ("memory, estimated", _bytes(planned.memory_bytes)),
-    ]
-    if planned.cached_layers:
-        lines.append(("already cached", f"layers {_list(planned.cached_layers)}"))
-    for name, value in lines:
-        print(f"{name:<23} {value}")
-    if planned.bytes_total > planned.bytes_free:
-        print("The disk does not hold this: extract would refuse.")
-
-
-def _print_vectors(vectors: SavedVectors) -> None:
-    info = vectors.info
-    print(
-        f"Trained {info.method} at {len(info.layers)} layers: a higher score means "
-        f"{info.positive_class} (against {info.negative_class})"
-    )
-    print(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
-    for layer, record in sorted(info.layers.items()):
-        rows = f"{record.n_positive}/{record.n_negative}"
-        print(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
-    print(f"Vectors: {vectors.path}")
-
-
-def _print_validation(result: Validation) -> None:
-    first = result.layers[0].auroc
-    print(
-        f"AUROC per layer, {result.positive_class} counted as positive "
-        f"({first.n_positive} against {first.n_negative} prompts)"
-    )
-    print(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
-    for layer in result.layers:
-        area = layer.auroc
-        mark = "  <- best of these" if layer is result.best and len(result.layers) > 1 else ""
-        print(
-            f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]   "
-            f"{layer.accuracy:>8.3f}{mark}"
-        )
-    for warning in result.warnings:
-        print(f"Note: {warning}")
-    print(f"Results: {result.path}")
-    for name in ("summary.json", "report.html"):
-        if result.path / name in result.files:
-            print(f"  {result.path / name}")
-
-
-def _list(layers: tuple[int, ...]) -> str:
-    """Layers as --layers takes them, three or more in a row as a range."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
-    )
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
-        size /= 1000
-    return f"{size:.3g} TB"
+    return {**options, "announce": print_start} if given["model"] is not None else options
 
 
 # ---------------------------------------------------------------- entry

@@ -15,7 +15,8 @@
     ├── MismatchError            two things that must belong together do not
     └── FitError                 activations cannot be fitted or scored
         ├── ShapeError           widths differ
-        └── EmptyClassError      a class has no rows
+        ├── EmptyClassError      a class has no rows
+        └── NoDirectionError     the classes' means are equal
 
 A message says what was expected, what came and what to do, in one line. Errors are raised where
 they are found and caught only in `cli.py`, which prints the line and exits with code 2.
@@ -29,6 +30,7 @@ __all__ = [
     "LayerNotCachedError",
     "MismatchError",
     "ModelError",
+    "NoDirectionError",
     "NonFiniteError",
     "OutOfMemoryError",
     "OutputError",
@@ -52,6 +54,10 @@ class UsageError(ProbecacheError):
 
 class LayerError(UsageError):
     """A layer that the model does not have; the message names the range."""
+
+    def __init__(self, message: str, layer: int) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class DataError(ProbecacheError):
@@ -104,6 +110,10 @@ class ShapeError(FitError):
 
 class EmptyClassError(FitError):
     """A class has no rows."""
+
+
+class NoDirectionError(FitError):
+    """The classes' means are equal, so no direction leads from one to the other."""
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probecache.errors import EmptyClassError, FitError, NonFiniteError, ShapeError
+from probecache.errors import EmptyClassError, NoDirectionError, NonFiniteError, ShapeError
 from probecache.probe import Probe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class MeanDifferenceFitter:
 
         Raises:
             EmptyClassError: a side got no rows.
-            FitError: both means are equal, so there is no direction.
+            NoDirectionError: both means are equal.
         """
         for side, name in ((True, "positive"), (False, "negative")):
             if not self._counts[side]:
@@ -73,7 +73,7 @@ class MeanDifferenceFitter:
         raw = mean_positive - mean_negative
         norm = float(np.linalg.norm(raw))
         if not norm > 0:
-            raise FitError(
+            raise NoDirectionError(
                 "expected the classes' means to differ, got equal ones, so there is no direction; "
                 "at layer 0 the last token of both classes may be the same: use a deeper layer"
             )
@@ -107,7 +107,7 @@ def fit_difference_of_means(positive: ArrayLike, negative: ArrayLike) -> Probe:
         ShapeError: widths differ.
         EmptyClassError: a class has no rows.
         NonFiniteError: names the class and the first bad row.
-        FitError: the means are equal.
+        NoDirectionError: the means are equal.
 
     Source: mass-mean probe, Marks & Tegmark 2023, arXiv:2310.06824.
     """

@@ -23,6 +23,7 @@ __all__ = [
     "Batch",
     "count_distinct_prefixes",
     "estimate_working_set",
+    "format_layers",
     "parse_layers",
     "plan_batches",
 ]
@@ -126,6 +127,19 @@ def parse_layers(text: str | Sequence[int], num_hidden_layers: int) -> tuple[int
     return tuple(sorted(layers))
 
 
+def format_layers(layers: Sequence[int]) -> str:
+    """Rising layers as `parse_layers` takes them, three or more in a row as a range."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
+    )
+
+
 def _expand(part: str, num_hidden_layers: int) -> Sequence[int]:
     if part == "all":
         return range(num_hidden_layers + 1)
@@ -148,6 +162,7 @@ def _existing(layer: int, num_hidden_layers: int) -> int:
     if not 0 <= resolved <= num_hidden_layers:
         raise LayerError(
             f"expected layers from 0 (embeddings) to {num_hidden_layers} (after the last block), "
-            f"got {layer}; the model has {num_hidden_layers} blocks"
+            f"got {layer}; the model has {num_hidden_layers} blocks",
+            layer,
         )
     return resolved

@@ -63,7 +63,6 @@ def render_page(validation: Validation, figures: dict[str, bytes]) -> str:
         best=validation.best,
         facts=_facts(validation),
         verdict=_verdict(validation.best),
-        turned=_turned_layers(validation),
         highest=highest,
         lowest=lowest,
         figures={name: _inlined(name, data) for name, data in figures.items() if "svg" in name},
@@ -87,12 +86,6 @@ def _verdict(best: LayerResult) -> str:
     if best.auroc_high < 0.5:
         return "below chance: the direction points the other way"
     return "not told apart from chance (the interval holds 0.5)"
-
-
-def _turned_layers(validation: Validation) -> str:
-    """The layers whose whole interval lies below chance, as a list to read."""
-    turned = [str(r.layer) for r in validation.results.values() if r.auroc_high < 0.5]
-    return shown(", ".join(turned), 80)
 
 
 def _score(value: float | None) -> str:

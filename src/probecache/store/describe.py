@@ -39,6 +39,7 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
     return [
         ("cache", str(cache.path)),
         *_identity(cache.identity),
+        ("data", info.data_source),
         ("layers", ",".join(map(str, cache.layers))),
         ("positions", str(info.positions)),
         ("examples", f"{info.num_examples} ({'; '.join(classes)})"),
@@ -57,6 +58,7 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
         ("higher means", f"{info.positive_class} (against {info.negative_class})"),
         *_identity(info.identity),
         ("layers", ",".join(map(str, vectors.layers))),
+        ("no direction at", ",".join(map(str, info.layers_without_direction)) or "none"),
         ("trained on", info.source_cache),
         ("layer convention", info.layer_convention),
     ]

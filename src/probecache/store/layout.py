@@ -90,6 +90,7 @@ class LayerInfo(BaseModel):
     layer_convention: str = LAYER_CONVENTION
     classes: dict[str, ClassRecord]
     identity: Identity
+    data_source: str
     created: str
     timing: dict[str, float]
     non_finite: dict[int, int] = Field(default_factory=dict)
@@ -155,7 +156,8 @@ def encode_json(content: Any) -> bytes:
 class Blueprint:
     """A cache before it is filled: everything but the numbers and how long they took.
 
-    `examples` are in data order; `layers` are those to be written now.
+    `examples` are in data order; `layers` are those to be written now; `data_source` is what the
+    user called the data.
     """
 
     layers: tuple[int, ...]
@@ -163,6 +165,7 @@ class Blueprint:
     dtype: Dtype
     positions: Positions
     num_examples: int
+    data_source: str
     classes: dict[str, ClassRecord]
     examples: tuple[ExampleRecord, ...]
 
@@ -255,6 +258,7 @@ class Blueprint:
             positions=self.positions,
             classes=self.classes,
             identity=identity,
+            data_source=self.data_source,
             created=created,
             timing=timing,
             non_finite=non_finite,

@@ -8,6 +8,7 @@ hashes are not checked here, that costs a read of everything.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,13 +137,40 @@ class Cache:
 
     def require_layer(self, layer: int) -> None:
         """Raise LayerNotCachedError unless the cache holds the layer."""
-        if layer not in self.info.layers:
-            model, data = self.identity.model, "DATA"
-            raise LayerNotCachedError(
-                f"Layer {layer} not found in cache {self.path}: cached layers are "
-                f"{', '.join(map(str, self.layers))}; add it with: probecache extract "
-                f"--model {model} --data {data} --layers {layer} --output {self.path}"
-            )
+        if layer in self.info.layers:
+            return
+        deepest = self.identity.num_hidden_layers
+        remedy = f"add it with: {self._command_that_adds(str(layer))}"
+        if not 0 <= layer <= deepest:
+            command = self._command_that_adds("LAYER")
+            remedy = f"the model has layers 0 to {deepest}; add one of these with: {command}"
+        raise LayerNotCachedError(
+            f"Layer {layer} not found in cache {self.path}: cached layers are "
+            f"{', '.join(map(str, self.layers))}; {remedy}"
+        )
+
+    def _command_that_adds(self, layer: str) -> str:
+        """The extract command that made this cache, asked for another layer."""
+        identity, info = self.identity, self.info
+        options = {
+            "--model": identity.model,
+            "--revision": identity.revision,
+            "--adapter": "ADAPTER" if identity.adapter else None,  # only its hash is kept
+            "--data": info.data_source,
+            "--layers": layer,
+            "--output": str(self.path),
+            "--dtype": str(info.dtype),
+            "--positions": str(info.positions),
+            "--system-prompt": identity.system_prompt,
+        }
+        flags = {
+            "--no-chat-template": identity.chat_template is None,
+            "--keep-special-tokens": identity.special_tokens_kept,
+        }
+        words = [word for name, value in options.items() if value for word in (name, value)]
+        return shlex.join(
+            ["probecache", "extract", *words, *(name for name, given in flags.items() if given)]
+        )
 
     def _raw(self, label: str, layer: int) -> np.ndarray:
         self.require_layer(layer)

@@ -76,6 +76,7 @@ class VectorsInfo(BaseModel):
     layer_convention: str = LAYER_CONVENTION
     hidden_size: int = Field(ge=1)
     layers: dict[int, LayerRecord] = Field(min_length=1)
+    layers_without_direction: list[int] = Field(default_factory=list)
     source_cache: str
     source_cache_sha256: str
     identity: Identity

@@ -145,14 +145,17 @@ def prepare(request: ExtractRequest) -> Preparation:
     )
 
 
-def plan(request: ExtractRequest, output: str | Path) -> Plan:
+def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
     """Work out a run without reading weights or writing anything.
+
+    Args:
+        output: the cache's folder; None stands for a free place in the current one.
 
     Raises:
         As `prepare`; OutputError, MismatchError: the output holds something else.
     """
-    output = Path(output)
-    existing = _existing_cache(output)
+    existing = None if output is None else _existing_cache(Path(output))
+    output = Path() if output is None else Path(output)
     prepared = prepare(request)
     return _plan(prepared, existing, _missing(prepared.blueprint, existing), output)
 
@@ -281,6 +284,7 @@ def _blueprint(
         dtype=source.dtype,
         positions=positions,
         num_examples=dataset.num_examples,
+        data_source=dataset.source,
         classes=classes,
         examples=tuple(records),
     )

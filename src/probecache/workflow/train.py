@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probecache.atomic import sha256_of_file
-from probecache.errors import EmptyClassError, FitError, NonFiniteError, UsageError
+from probecache.errors import (
+    EmptyClassError,
+    FitError,
+    NoDirectionError,
+    NonFiniteError,
+    UsageError,
+)
 from probecache.fit import MeanDifferenceFitter
 from probecache.store.layout import LAYER_INFO
 from probecache.store.vectors import SavedVectors, load_vectors, save_run
@@ -40,7 +46,8 @@ def train(
     Args:
         cache: where the rows are.
         output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
-        layers: which of the cached layers; None takes all.
+        layers: which of the cached layers; None takes all that have a direction. Where the rows
+            are those of an answer's last token, layer 0 has none: both answers end in one token.
         positive_class: the class that a higher score means; vectors are mean(positive) -
             mean(all other rows).
         source: what to record as the cache's name, where it is not its path.
@@ -62,18 +69,39 @@ def train(
             f"expected examples of the positive class {positive_class!r} in {cache.path}, got "
             f"the classes {', '.join(cache.classes)}; name one with --positive-class"
         )
-    probes = {layer: _fit(cache, layer, positive_class) for layer in chosen}
+    probes, without = _fit_all(cache, chosen, positive_class, skip=layers is None)
     about = {
         "method": _METHOD,
         "positive_class": positive_class,
         "negative_class": " + ".join(c for c in cache.classes if c != positive_class),
         "hidden_size": cache.hidden_size,
+        "layers_without_direction": without,
         "source_cache": source or str(cache.path),
         "source_cache_sha256": sha256_of_file(cache.path / LAYER_INFO),
         "identity": cache.identity,
     }
     run = save_run(output, probes, about)
     return load_vectors(run / "normalized_vectors")
+
+
+def _fit_all(
+    cache: Cache, layers: Sequence[int], positive_class: str, *, skip: bool
+) -> tuple[dict[int, Probe], list[int]]:
+    """Probes by layer, and with `skip` the layers left out because their classes' means are equal.
+
+    Raises:
+        NoDirectionError: a layer without direction, where none may be left out or all would be.
+    """
+    probes: dict[int, Probe] = {}
+    without: list[int] = []
+    for layer in layers:
+        try:
+            probes[layer] = _fit(cache, layer, positive_class)
+        except NoDirectionError:
+            if not skip or len(without) + 1 == len(layers):
+                raise
+            without.append(layer)
+    return probes, without
 
 
 def _fit(cache: Cache, layer: int, positive_class: str) -> Probe:

@@ -23,6 +23,7 @@ from probecache.atomic import commit_folder, disk_errors_named, temporary_siblin
 from probecache.errors import MismatchError, NonFiniteError, OutputError
 from probecache.identity import SCORING, require_same
 from probecache.metrics import accuracy_at, auroc
+from probecache.plan import format_layers
 from probecache.store.layout import encode_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = ["LayerResult", "Validation", "require_data", "validate"]
 
 _FORMAT = "probecache-validation"
 _OURS = re.compile(r"probe_stats_layer\d+\.csv|summary\.(json|csv)|visualizations|report\.html")
+# A threshold that leaves less than this share on one side has not carried over.
+_ONE_SIDE = 0.05
 _STATS = ("mean_score", "max_score", "min_score", "std_score")
 
 
@@ -49,6 +52,11 @@ class LayerResult:
     threshold: float
     accuracy: float
     scores: np.ndarray
+
+    @property
+    def called_positive(self) -> float:
+        """Share of the examples that lie above the threshold."""
+        return float(np.mean(self.scores > self.threshold))
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def validate(
             results.append(_judge(layer, stats, vectors, is_positive))
             (folder / f"probe_stats_layer{layer}.csv").write_bytes(_stats_csv(cache, stats))
         best = max(results, key=lambda result: result.auroc.auroc)
-        warnings = _warnings(results, best, vectors)
+        warnings = _warnings(results, best, vectors, cache)
         rows = [_summary_row(result, is_positive) for result in results]
         about = _about(cache, vectors, dataset, source)
         summary = {**about, "best_layer": best.layer, "warnings": warnings, "layers": rows}
@@ -263,23 +271,35 @@ def _judge(
     )
 
 
-def _warnings(results: list[LayerResult], best: LayerResult, vectors: SavedVectors) -> list[str]:
+def _warnings(
+    results: list[LayerResult], best: LayerResult, vectors: SavedVectors, cache: Cache
+) -> list[str]:
     """Plain words on what a reader of the table could miss."""
     found = []
-    reversed_ = [str(result.layer) for result in results if result.auroc.high < 0.5]
+    reversed_ = [result.layer for result in results if result.auroc.high < 0.5]
     if reversed_:
         found.append(
-            f"At layer {', '.join(reversed_)} the scores are reversed: examples of "
-            f"{vectors.info.positive_class!r} score lower than the others."
+            f"At layer {format_layers(reversed_)} the scores are reversed: examples of "
+            f"{vectors.info.positive_class!r} score lower than the others. Check the positive "
+            "class of the vectors and the labels of the data."
         )
     if best.auroc.low <= 0.5:
         found.append(
             f"Even at the best layer ({best.layer}) the interval of the AUROC reaches chance (0.5)."
         )
+    one_sided = [r.layer for r in results if not _ONE_SIDE < r.called_positive < 1 - _ONE_SIDE]
+    if one_sided:
+        trained, scored = vectors.info.identity.positions, str(cache.info.positions)
+        why = f" (trained on positions {trained}, scored on {scored})" if trained != scored else ""
+        found.append(
+            f"Nearly all scores lie on one side of the threshold fixed in training{why}: read the "
+            f"AUROC, not the accuracy, at layer {format_layers(one_sided)}."
+        )
     if len(results) > 1:
         found.append(
             f"Layer {best.layer} was chosen as the best of {len(results)} on these very prompts, "
-            "so its AUROC is optimistic; check it on other prompts."
+            "so its AUROC is optimistic: score prompts that played no part in the choice before "
+            "quoting it."
         )
     return found
 

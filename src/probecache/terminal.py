@@ -1,0 +1,115 @@
+"""What a person reads on the terminal when a command is done, or about to start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from probecache.plan import format_layers
+
+if TYPE_CHECKING:
+    from probecache.store.reader import Cache
+    from probecache.store.vectors import SavedVectors
+    from probecache.workflow.extract import Plan
+    from probecache.workflow.validate import Validation
+
+__all__ = ["print_cache", "print_plan", "print_start", "print_validation", "print_vectors"]
+
+
+def print_cache(cache: Cache) -> None:
+    """A finished extraction: what the cache holds and what it took."""
+    timing = cache.info.timing
+    size = sum(record.bytes for record in cache.info.files.values())
+    print(
+        f"{cache.path} holds {cache.info.num_examples} examples x {len(cache.layers)} layers, "
+        f"{_bytes(size)}\n"
+        f"  load {timing['load_s']:.1f} s, extract {timing['extract_s']:.1f} s, "
+        f"write {timing['write_s']:.1f} s, peak memory {_bytes(int(timing['peak_memory']))}"
+    )
+
+
+def print_start(planned: Plan) -> None:
+    """An extraction about to read weights."""
+    if not planned.layers:
+        print(f"Nothing to do: layers {format_layers(planned.cached_layers)} are cached already.")
+    else:
+        print(
+            f"Extracting layers {format_layers(planned.layers)} of {planned.model} "
+            f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
+            f"{planned.tokens:,} tokens, positions {planned.positions}",
+            flush=True,
+        )
+
+
+def print_plan(planned: Plan) -> None:
+    """A dry run."""
+    shared = planned.tokens / planned.distinct_prefix_tokens
+    lines = [
+        ("model", f"{planned.model}: {planned.num_hidden_layers} blocks x {planned.hidden_size}"),
+        ("data", planned.data),
+        ("prompts", f"{planned.prompts:,}"),
+        ("tokens", f"{planned.tokens:,}"),
+        ("distinct-prefix tokens", f"{planned.distinct_prefix_tokens:,} ({shared:.1f} x fewer)"),
+        ("layers", f"{format_layers(planned.layers) or 'none missing'} ({len(planned.layers)})"),
+        ("positions", f"{planned.positions}: {planned.rows_per_layer:,} rows per layer"),
+        ("dtype", planned.dtype),
+        ("disk per layer", f"{planned.bytes_per_layer:,} bytes"),
+        ("disk in all", f"{planned.bytes_total:,} bytes ({_bytes(planned.bytes_total)})"),
+        ("disk free", f"{planned.bytes_free:,} bytes at {planned.output}"),
+        ("weights to read", f"{planned.weight_bytes:,} bytes ({_bytes(planned.weight_bytes)})"),
+        ("memory, estimated", _bytes(planned.memory_bytes)),
+    ]
+    if planned.cached_layers:
+        lines.append(("already cached", f"layers {format_layers(planned.cached_layers)}"))
+    for name, value in lines:
+        print(f"{name:<23} {value}")
+    if planned.bytes_total > planned.bytes_free:
+        print("The disk does not hold this: extract would refuse.")
+
+
+def print_vectors(vectors: SavedVectors) -> None:
+    """A finished run: a line per layer."""
+    info = vectors.info
+    print(
+        f"Trained {info.method} at {len(info.layers)} layers: a higher score means "
+        f"{info.positive_class} (against {info.negative_class})"
+    )
+    print(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
+    for layer, record in sorted(info.layers.items()):
+        rows = f"{record.n_positive}/{record.n_negative}"
+        print(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
+    if info.layers_without_direction:
+        without = format_layers(info.layers_without_direction)
+        print(f"Note: left out layer {without}, where both classes have the same mean")
+    print(f"Vectors: {vectors.path}")
+
+
+def print_validation(result: Validation) -> None:
+    """A finished validation: a line per layer, then what to beware of."""
+    first = result.layers[0].auroc
+    print(
+        f"AUROC per layer, {result.positive_class} counted as positive "
+        f"({first.n_positive} against {first.n_negative} prompts)"
+    )
+    print(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
+    for layer in result.layers:
+        area = layer.auroc
+        mark = "  <- best of these" if layer is result.best and len(result.layers) > 1 else ""
+        print(
+            f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]   "
+            f"{layer.accuracy:>8.3f}{mark}"
+        )
+    for warning in result.warnings:
+        print(f"Note: {warning}")
+    print(f"Results: {result.path}")
+    for name in ("summary.json", "report.html"):
+        if result.path / name in result.files:
+            print(f"  {result.path / name}")
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+        size /= 1000
+    return f"{size:.3g} TB"
