@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,8 +96,8 @@ def fit_difference_of_means(positive: ArrayLike, negative: ArrayLike) -> Probe:
     one isotropic covariance; a baseline otherwise.
 
     Args:
-        positive: rows of the positive class at one layer, [n_pos, hidden], any float dtype that
-            NumPy knows, in the residual stream's own units. A torch tensor on the CPU will do.
+        positive: rows of the positive class at one layer, [n_pos, hidden], any float dtype, in the
+            residual stream's own units. A torch tensor on the CPU will do.
         negative: the same for the other class, [n_neg, hidden].
 
     Returns:
@@ -111,8 +111,15 @@ def fit_difference_of_means(positive: ArrayLike, negative: ArrayLike) -> Probe:
 
     Source: mass-mean probe, Marks & Tegmark 2023, arXiv:2310.06824.
     """
-    sides = {True: np.asarray(positive), False: np.asarray(negative)}
+    sides = {True: _as_array(positive), False: _as_array(negative)}
     fitter = MeanDifferenceFitter(hidden_size=sides[True].shape[-1])
     for side, rows in sides.items():
         fitter.update(rows, positive=side)
     return fitter.finish()
+
+
+def _as_array(rows: Any) -> np.ndarray:
+    # NumPy has no bfloat16, which most caches are kept in; float32 holds its numbers exactly.
+    if str(getattr(rows, "dtype", "")) == "torch.bfloat16":
+        rows = rows.float()
+    return np.asarray(rows)
