@@ -1,4 +1,4 @@
-"""Batches hold every prompt once within the budget; layers are named as the guide names them."""
+"""Batches hold every prompt once within the budget; distinct prefixes are counted exactly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probecache.errors import LayerError, UsageError
-from probecache.plan import Batch, count_distinct_prefixes, parse_layers, plan_batches
+from probecache.errors import UsageError
+from probecache.plan import Batch, count_distinct_prefixes, plan_batches
 from probecache.types import TokenizedPrompt
 
 
@@ -61,39 +61,3 @@ def test_distinct_prefixes_are_as_many_as_a_set_of_them_holds(prompts):
         for ids in prompts
     ]
     assert count_distinct_prefixes(tokenized) == len(every)
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("10,20,23", (10, 20, 23)),
-        ("23, 10 ,10", (10, 23)),
-        ("all", tuple(range(25))),
-        ("5-8", (5, 6, 7, 8)),
-        ("0-24:10", (0, 10, 20)),
-        ("4-24:10", (4, 14, 24)),
-        ("-1", (24,)),
-        ("-25", (0,)),
-        ("-3--1", (22, 23, 24)),
-        ("20--2", (20, 21, 22, 23)),
-        ("1,-1,3-4", (1, 3, 4, 24)),
-        ([3, -1], (3, 24)),
-        ((7,), (7,)),
-    ],
-)
-def test_layers_are_read_from_lists_ranges_and_the_end(text, layers):
-    assert parse_layers(text, 24) == layers
-
-
-@pytest.mark.parametrize("text", ["25", "-26", "20-30", "1,99", "-30-5", [25]])
-def test_a_layer_that_the_model_lacks_is_refused_with_the_range(text):
-    with pytest.raises(LayerError, match=r"from 0 \(embeddings\) to 24 \(after the last block\)"):
-        parse_layers(text, 24)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "1.5", "8-5", "1-5:0", "1:2", "-", "--1", "²", "9" * 5000, [], [True]]
-)
-def test_text_that_names_no_layers_is_refused(text):
-    with pytest.raises(UsageError, match="expected"):
-        parse_layers(text, 24)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from probecache.dataset import load_dataset
 from probecache.errors import LayerError, UsageError
-from probecache.plan import parse_layers
+from probecache.layers import parse_layers
 from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from probecache.plan import format_layers
+from probecache.layers import format_layers
 
 if TYPE_CHECKING:
     from probecache.store.reader import Cache

@@ -28,13 +28,13 @@ from probecache.dataset import Dataset, load_dataset
 from probecache.engine import ResidentEngine
 from probecache.errors import NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
+from probecache.layers import parse_layers
 from probecache.loaded import LoadedModel
 from probecache.models import ModelOptions, ModelSource, open_model
 from probecache.plan import (
     Batch,
     count_distinct_prefixes,
     estimate_working_set,
-    parse_layers,
     plan_batches,
 )
 from probecache.progress import Progress

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probecache.atomic import commit_folder, disk_errors_named, temporary_sibling
-from probecache.errors import MismatchError, NonFiniteError, OutputError
+from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageError
 from probecache.identity import SCORING, require_same
+from probecache.layers import format_layers
 from probecache.metrics import accuracy_at, auroc
-from probecache.plan import format_layers
 from probecache.store.layout import encode_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["LayerResult", "Validation", "require_data", "validate"]
 
 _FORMAT = "probecache-validation"
-_OURS = re.compile(r"probe_stats_layer\d+\.csv|summary\.(json|csv)|visualizations|report\.html")
+_OURS = re.compile(
+    r"probe_stats_layer\d+\.csv|summary\.(json|csv)|report\.html|"
+    r"visualizations(/(roc_curves|auroc_by_layer|score_distributions)\.(png|svg))?"
+)
 # A threshold that leaves less than this share on one side has not carried over.
 _ONE_SIDE = 0.05
 _STATS = ("mean_score", "max_score", "min_score", "std_score")
@@ -134,7 +137,9 @@ def validate(
 def _choose_layers(
     cache: Cache, vectors: SavedVectors, layers: Sequence[int] | None
 ) -> tuple[int, ...]:
-    chosen = tuple(layers) if layers is not None else vectors.layers
+    chosen = tuple(sorted(set(layers))) if layers is not None else vectors.layers
+    if not chosen:
+        raise UsageError("expected at least one layer to score, got none")
     for layer in chosen:
         if layer not in vectors.layers:
             raise MismatchError(
@@ -205,7 +210,8 @@ def _require_replaceable(output: Path) -> None:
             "something else; choose another folder"
         )
     # Replacing removes the folder: nothing in it may be the user's own.
-    foreign = sorted(path.name for path in output.iterdir() if not _OURS.fullmatch(path.name))
+    names = (path.relative_to(output).as_posix() for path in output.rglob("*"))
+    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
     if foreign:
         raise OutputError(
             f"expected --output {output} to hold an earlier validation alone, but {foreign[0]} is "

@@ -1,0 +1,584 @@
+"""The command line: what bad input gets, what good input prints, what --help says.
+
+Whatever is refused must end with exit code 2, one line on stderr, no traceback, and the folder as
+it was: `refused` checks all four.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, build
+from safetensors.torch import load_file, save_file
+from synthetic import write_cache
+from typer.main import get_command
+
+from probecache.cli import app, main
+from probecache.shipped import shipped
+
+MODEL = str(shipped("models/tiny-llama"))
+PAIRS = [
+    {"question": "Is this a test?\n(A) yes\n(B) no", "positive": " (A)", "negative": " (B)"},
+    {"question": "Who reads this?\n(A) a user\n(B) a key", "positive": " (B)", "negative": " (A)"},
+]
+PROMPTS = [
+    {"question": "Solve for x: 2x = 10.", "type": "testing"},
+    {"question": "Help me plan a dinner for six", "type": "deployment"},
+    {"question": "State Newton's second law.", "type": "testing"},
+    {"question": "my printer keeps beeping", "type": "deployment"},
+]
+
+
+def command(capsys, *arguments):
+    """Run a command; its exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return ended.value.code or 0, printed.out, printed.err
+
+
+def content_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run a command that must be refused; returns its one line."""
+
+    def run(*arguments):
+        before = content_of(tmp_path)
+        code, out, err = command(capsys, *arguments)
+        assert code == 2, (out, err)
+        lines = [line for line in err.splitlines() if line]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in out + err
+        assert content_of(tmp_path) == before
+        return lines[0]
+
+    return run
+
+
+def write(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write(tmp_path / "pairs.json", PAIRS)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write(tmp_path / "prompts.json", PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache of pairs, one of prompts, and vectors, of the shipped model."""
+    folder = tmp_path_factory.mktemp("made")
+    write(folder / "pairs.json", PAIRS)
+    write(folder / "prompts.json", PROMPTS)
+    for name in ("pairs", "prompts"):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    *("extract", "--model", MODEL, "--data", str(folder / f"{name}.json")),
+                    *("--layers", "10,20,23", "--output", str(folder / name), "--quiet"),
+                ]
+            )
+        assert not ended.value.code
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--cache", str(folder / "pairs"), "--output", str(folder / "run")])
+    assert not ended.value.code
+    (run,) = folder.glob("run_*")
+    run.rename(folder / "run")
+    return folder
+
+
+# ---------------------------------------------------------------- refused: models and layers
+
+
+def test_a_layer_that_the_model_lacks_is_refused_with_the_range(refused, pairs, tmp_path):
+    line = refused(
+        *("extract", "--model", MODEL, "--data", pairs, "--layers", "10,25"),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "from 0 (embeddings) to 24 (after the last block), got 25" in line
+
+
+@pytest.mark.parametrize("layers", ["ten", "20-10", "1-5:0", "", "1..5"])
+def test_layers_that_make_no_sense_are_refused(refused, pairs, tmp_path, layers):
+    line = refused(
+        *("extract", "--model", MODEL, "--data", pairs, "--layers", layers),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "--layers" in line
+
+
+def test_a_layer_that_is_not_cached_is_refused_with_the_command_that_adds_it(refused, made):
+    line = refused("train", "--output", "run", "--cache", made / "pairs", "--layers", "20,21")
+    assert (
+        f"Layer 21 not found in cache {made / 'pairs'}: cached layers are 10, 20, 23; add it with: "
+        f"probecache extract --model {MODEL} --data {made / 'pairs.json'} --layers 21"
+    ) in line
+
+
+def test_vectors_at_a_layer_that_is_not_cached_are_refused_likewise(
+    refused, made, capsys, prompts, tmp_path
+):
+    arguments = ("--model", MODEL, "--data", prompts, "--layers", "10", "--quiet")
+    code, _, err = command(capsys, "extract", *arguments, "--output", tmp_path / "cache")
+    assert code == 0, err
+    line = refused(
+        *("validate", "--cache", tmp_path / "cache", "--vectors", made / "run"),
+        *("--output", tmp_path / "v"),
+    )
+    assert f"Layer 20 not found in cache {tmp_path / 'cache'}: cached layers are 10; add" in line
+
+
+def test_the_command_that_a_refusal_names_adds_the_layer(refused, made, capsys, tmp_path):
+    shutil.copytree(made / "pairs", tmp_path / "cache")
+    line = refused("train", "--cache", tmp_path / "cache", "--layers", "22", "--output", "run")
+    words = line.split("add it with: probecache ")[1].split()
+    code, _, err = command(capsys, *words, "--quiet")
+    assert code == 0, err
+    assert json.loads((tmp_path / "cache" / "layer_info.json").read_text())["layers"] == [
+        *(10, 20, 22, 23)
+    ]
+
+
+def test_a_cached_layer_beyond_the_model_is_told_with_what_is_cached(refused, made):
+    line = refused("train", "--cache", made / "pairs", "--layers", "25", "--output", "run")
+    assert f"Layer 25 not found in cache {made / 'pairs'}: cached layers are 10, 20, 23" in line
+    assert "layers 0 to 24" in line
+
+
+def test_a_model_path_to_nothing_is_refused(refused, pairs, tmp_path):
+    line = refused(
+        *("extract", "--model", tmp_path / "none", "--data", pairs, "--output", tmp_path / "cache")
+    )
+    assert "expected a model folder or a hub id" in line
+
+
+def test_pickled_weights_are_refused(refused, pairs, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    line = refused(*("extract", "--model", folder, "--data", pairs, "--output", tmp_path / "cache"))
+    assert "safetensors" in line
+    assert "pickle" in line
+
+
+def test_activations_that_are_not_finite_stop_the_run(refused, prompts, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][:] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    line = refused(
+        *("extract", "--model", folder, "--data", prompts, "--layers", "2,4"),
+        *("--output", tmp_path / "cache", "--quiet"),
+    )
+    assert "NaN or Inf" in line
+    assert "layer 4" in line
+
+
+def test_a_dtype_that_there_is_not_is_refused(refused, pairs, tmp_path):
+    line = refused(
+        *("extract", "--model", MODEL, "--data", pairs, "--dtype", "float64"),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "expected dtype to be float32, float16, bfloat16, got 'float64'" in line
+
+
+# ---------------------------------------------------------------- refused: data
+
+
+BAD_DATA = {
+    "unknown form": ([{"question": "a", "type": "x"}, {"words": "b"}], "row 2"),
+    "mixed forms": ([PAIRS[0], PROMPTS[0]], "row 2: expected a pair record like row 1"),
+    "an empty prompt": ([{"question": "  ", "type": "x"}, PROMPTS[1]], "row 1"),
+    "an empty answer": ([PAIRS[0], {**PAIRS[1], "negative": ""}], "row 2"),
+    "one class": ([PROMPTS[0], PROMPTS[2]], "at least two classes, got only 'testing'"),
+    "no records": ([], "at least one record"),
+    "a lone surrogate": ([PROMPTS[0], {"question": "a\ud800", "type": "x"}], "row 2"),
+    "no array": ({"question": "a"}, "expected a JSON array"),
+    "a prompt beyond the context": (
+        [PROMPTS[0], {"question": "word " * 2000, "type": "deployment"}],
+        "row 2: expected at most 1024 tokens, the model's context, got",
+    ),
+    "a BOS token in a text": (
+        [PROMPTS[0], {"question": "<|begin_of_text|>", "type": "x"}],
+        "row 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_are_refused_with_their_row(refused, tmp_path, case):
+    content, expected = BAD_DATA[case]
+    data = write(tmp_path / "data.json", content)
+    line = refused("extract", "--model", MODEL, "--data", data, "--output", tmp_path / "cache")
+    assert expected in line
+
+
+def test_a_prompt_beyond_the_context_is_cut_where_that_is_asked_for(capsys, tmp_path):
+    data = write(tmp_path / "d.json", [PROMPTS[0], {"question": "word " * 2000, "type": "x"}])
+    code, _, err = command(
+        *(capsys, "extract", "--model", MODEL, "--data", data, "--layers", "1", "--truncate"),
+        *("--output", tmp_path / "cache", "--quiet"),
+    )
+    assert code == 0, err
+    longest = json.loads((tmp_path / "cache" / "metadata.json").read_text())[1]
+    assert longest["input_tokens"] == 1024
+
+
+def test_bytes_that_are_no_utf8_are_refused_with_their_line(refused, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'{"question": "a", "type": "x"}\n{"question": "\xff"}\n')
+    line = refused(
+        *("extract", "--model", MODEL, "--data", tmp_path / "data.jsonl"),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "line 2: expected UTF-8, got the byte 0xff" in line
+
+
+def test_data_that_are_not_there_are_refused(refused, tmp_path):
+    line = refused(
+        *("extract", "--model", MODEL, "--data", tmp_path / "no.json"),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "no.json" in line
+
+
+def test_a_tokenizer_without_chat_template_is_refused_for_pairs(refused, pairs, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").unlink()
+    line = refused("extract", "--model", folder, "--data", pairs, "--output", tmp_path / "cache")
+    assert "chat template" in line
+    assert "--no-chat-template" in line
+
+
+# ---------------------------------------------------------------- refused: places
+
+
+def test_an_output_that_holds_something_else_is_refused(refused, pairs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    line = refused("extract", "--model", MODEL, "--data", pairs, "--output", tmp_path / "mine")
+    assert "holds something else" in line
+
+
+def test_an_output_that_is_a_file_is_refused(refused, pairs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    line = refused("extract", "--model", MODEL, "--data", pairs, "--output", tmp_path / "file")
+    assert "holds something else" in line
+
+
+def test_an_output_below_a_file_is_refused(refused, pairs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    line = refused(
+        *("extract", "--model", MODEL, "--data", pairs, "--layers", "1", "--quiet"),
+        *("--output", tmp_path / "file" / "cache"),
+    )
+    assert str(tmp_path / "file") in line
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(
+    refused, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("probecache.workflow.extract.free_bytes", lambda _path: 1000)
+    line = refused("extract", "--model", MODEL, "--data", pairs, "--output", tmp_path / "cache")
+    assert "bytes free" in line
+    assert "got 1,000, not enough disk" in line
+
+
+def test_a_cache_that_is_not_there_is_refused(refused, tmp_path):
+    line = refused("train", "--cache", tmp_path / "none", "--output", tmp_path / "run")
+    assert "expected a cache folder" in line
+
+
+def test_an_unfinished_cache_is_refused(refused, made, tmp_path):
+    shutil.copytree(made / "pairs", tmp_path / "cache")
+    (tmp_path / "cache" / "layer_info.json").unlink()
+    line = refused("train", "--cache", tmp_path / "cache", "--output", tmp_path / "run")
+    assert "did not finish" in line
+
+
+# ---------------------------------------------------------------- refused: what does not belong
+
+
+def validate(made, vectors, output, *more):
+    return (
+        *("validate", "--cache", made / "prompts", "--vectors", vectors),
+        *("--output", output, *more),
+    )
+
+
+def test_other_data_than_the_caches_are_refused(refused, made, tmp_path):
+    other = write(tmp_path / "other.json", [*PROMPTS[:3], {**PROMPTS[3], "question": "changed"}])
+    line = refused(
+        *validate(made, made / "run/normalized_vectors", tmp_path / "v", "--data", other)
+    )
+    assert "expected --data to be what the cache" in line
+    assert "row 4 differs in its text" in line
+
+
+def test_vectors_of_another_model_are_refused_with_the_difference(refused, made, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(
+            [
+                *("train", "--model", str(folder), "--data", str(made / "pairs.json"), "--quiet"),
+                *("--layers", "10", "--output", str(tmp_path / "run")),
+            ]
+        )
+    (run,) = tmp_path.glob("run_*")
+    line = refused(*validate(made, run / "normalized_vectors", tmp_path / "v"))
+    assert "weights: expected" in line
+    assert f"model {folder} against {MODEL}" in line
+
+
+def test_vectors_of_another_width_are_refused_with_both(refused, made, tmp_path):
+    rows = {10: torch.randn(4, 16)}
+    narrow = write_cache(tmp_path / "cache", PAIRS, rows)
+    with pytest.raises(SystemExit):
+        main(["train", "--cache", str(narrow.path), "--output", str(tmp_path / "run")])
+    (run,) = tmp_path.glob("run_*")
+    line = refused(*validate(made, run / "normalized_vectors", tmp_path / "v"))
+    assert "hidden_size: expected 16, got 80" in line
+
+
+def test_vectors_without_the_wanted_layer_are_refused(refused, made, tmp_path):
+    line = refused(*validate(made, made / "run/vectors", tmp_path / "v", "--layers", "12"))
+    assert "expected vectors for layer 12" in line
+    assert "10, 20, 23" in line
+
+
+def test_a_dtype_other_than_the_vectors_is_refused_unless_allowed(
+    refused, made, capsys, tmp_path, prompts
+):
+    arguments = ("--dtype", "float32", "--quiet", "--model", MODEL, "--data", prompts)
+    there = ("--vectors", made / "run/normalized_vectors", "--output", tmp_path / "v")
+    line = refused("validate", *arguments, *there)
+    assert "dtype: expected 'bfloat16', got 'float32'" in line
+    assert "--allow-mismatch dtype" in line
+    code, _, err = command(capsys, "validate", *arguments, *there, "--allow-mismatch", "dtype")
+    assert code == 0, err
+
+
+def test_extraction_options_with_a_cache_are_refused(refused, made, tmp_path):
+    line = refused(
+        "train", "--cache", made / "pairs", "--dtype", "float32", "--output", tmp_path / "run"
+    )
+    assert "dtype with --model only" in line
+
+
+@pytest.mark.parametrize("given", [[], ["--cache", "c", "--model", "m"]], ids=["neither", "both"])
+def test_either_a_cache_or_a_model_is_needed(refused, tmp_path, given):
+    assert "either --cache or --model" in refused("train", *given, "--output", tmp_path / "run")
+
+
+def test_a_class_that_the_cache_lacks_is_refused(refused, made, tmp_path):
+    line = refused(
+        *("train", "--cache", made / "pairs", "--positive-class", "honest"),
+        *("--output", tmp_path / "run"),
+    )
+    assert "'honest'" in line
+    assert "testing, deployment" in line
+
+
+def test_a_missing_option_ends_with_code_2_and_no_traceback(capsys):
+    code, out, err = command(capsys, "extract", "--model", "m")
+    assert code == 2
+    assert "Missing option" in err
+    assert "Traceback" not in out + err
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def test_an_extraction_says_what_it_did_and_where(capsys, pairs, tmp_path):
+    arguments = ("extract", "--model", MODEL, "--data", pairs, "--layers", "3,5-7")
+    code, out, _ = command(capsys, *arguments, "--output", tmp_path / "cache", "--quiet")
+    assert code == 0
+    assert "Extracting layers 3,5-7" in out
+    assert f"{tmp_path / 'cache'} holds 2 examples x 4 layers" in out
+    code, out, _ = command(capsys, *arguments, "--output", tmp_path / "cache", "--quiet")
+    assert code == 0
+    assert "Nothing to do: layers 3,5-7 are cached already" in out
+
+
+def test_a_dry_run_and_plan_print_the_same_and_write_nothing(capsys, pairs, tmp_path):
+    arguments = ("--model", MODEL, "--data", pairs, "--layers", "10,20,23")
+    there = ("--output", tmp_path / "cache")
+    dry = command(capsys, "extract", *arguments, *there, "--dry-run")
+    planned = command(capsys, "plan", *arguments, *there)
+    assert dry[0] == planned[0] == 0
+    rows = [line.split("  ")[0] for line in dry[1].splitlines()]
+    assert rows == [
+        *("model", "data", "prompts", "tokens", "distinct-prefix tokens", "layers", "positions"),
+        *("dtype", "disk per layer", "disk in all", "disk free", "weights to read"),
+        "memory, estimated",
+    ]
+    assert [a for a in dry[1].splitlines() if "free" not in a] == [
+        a for a in planned[1].splitlines() if "free" not in a
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_printed_bytes_are_those_of_the_files(capsys, prompts, tmp_path):
+    arguments = ("--model", MODEL, "--data", prompts, "--layers", "1-3")
+    _, out, _ = command(capsys, "plan", *arguments)
+    printed = next(line for line in out.splitlines() if line.startswith("disk in all"))
+    code, *_ = command(capsys, "extract", *arguments, "--output", tmp_path / "cache", "--quiet")
+    assert code == 0
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert f" {sum(path.stat().st_size for path in files):,} bytes" in printed
+
+
+def test_training_leaves_out_a_layer_without_direction_and_says_so(capsys, pairs, tmp_path):
+    code, out, err = command(
+        *(capsys, "train", "--model", MODEL, "--data", pairs, "--quiet"),
+        *("--output", tmp_path / "run"),
+    )
+    assert code == 0, err
+    assert "Note: left out layer 0, where both classes have the same mean" in out
+    assert "at 24 layers: a higher score means deployment (against testing)" in out
+
+
+def test_a_validation_prints_a_line_per_layer_and_its_paths(capsys, made, tmp_path):
+    code, out, err = command(
+        capsys,
+        *validate(made, made / "run", tmp_path / "v", "--data", made / "prompts.json"),
+        "--visualize",
+    )
+    assert code == 0, err
+    layers = [line.split()[0] for line in out.splitlines() if line[:6].strip().isdigit()]
+    assert layers == ["10", "20", "23"]
+    assert f"{tmp_path / 'v' / 'report.html'}" in out
+    assert (tmp_path / "v" / "report.html").is_file()
+
+
+def test_info_describes_caches_and_runs(capsys, made):
+    _, cache, _ = command(capsys, "info", made / "prompts")
+    assert "10,20,23" in cache
+    assert "4 (testing 2 examples" in cache
+    _, run, _ = command(capsys, "info", made / "run")
+    assert "difference of means" in run
+    assert "deployment (against testing)" in run
+
+
+def test_make_validation_writes_what_extract_reads(capsys, tmp_path):
+    tests = tmp_path / "tests.jsonl"
+    tests.write_text("".join(json.dumps({"question": f"What is {i}?"}) + "\n" for i in range(5)))
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"instruction": f"Bake {i}"}) + "\n" for i in range(5)))
+    output = tmp_path / "validation.json"
+    code, out, _ = command(
+        *(capsys, "make-validation", "--testing", tests, "--deployment", chats),
+        *("--count", 4, "--output", output),
+    )
+    assert code == 0
+    assert "Wrote 8 prompts, 4 of each class" in out
+    code, _, err = command(capsys, "plan", "--model", MODEL, "--data", output)
+    assert code == 0, err
+
+
+def test_an_encoder_goes_through_the_whole_workflow(capsys, tmp_path):
+    model = build(FAMILIES["bert"], tmp_path / "bert")
+    data = write(tmp_path / "data.json", PROMPTS)
+    there = ("--model", model, "--data", data, "--quiet")
+    code, _, err = command(capsys, "train", *there, "--layers", "1-4", "--output", tmp_path / "run")
+    assert code == 0, err
+    (run,) = tmp_path.glob("run_*")
+    code, out, err = command(
+        capsys, "validate", *there, "--vectors", run, "--output", tmp_path / "v"
+    )
+    assert code == 0, err
+    assert "AUROC per layer, deployment counted as positive (2 against 2 prompts)" in out
+
+
+# ---------------------------------------------------------------- as a program
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import probecache", "from probecache.cli import main; main(['--help'])"],
+    ids=["import", "help"],
+)
+def test_importing_and_help_load_nothing_heavy(statement):
+    heavy = ["torch", "transformers", "matplotlib", "sklearn", "numpy", "jinja2", "pydantic"]
+    code = (
+        f"import sys\ntry:\n  exec({statement!r})\nexcept SystemExit: pass\n"
+        f"print('LOADED', sorted(set({heavy}) & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_reading_a_cache_and_validating_load_neither_torch_nor_transformers(made, tmp_path):
+    arguments = [str(a) for a in validate(made, made / "run", tmp_path / "v")]
+    code = (
+        "import sys\nfrom probecache.cli import main\ntry: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert "AUROC per layer" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_a_closed_pipe_is_no_error(made):
+    ran = subprocess.run(
+        f"{sys.executable} -c 'from probecache.cli import main; main()' info {made / 'pairs'} "
+        "| head -c 1",
+        capture_output=True,
+        text=True,
+        shell=True,
+        check=True,
+    )
+    assert "Traceback" not in ran.stderr
+
+
+# ---------------------------------------------------------------- help
+
+
+def commands():
+    return sorted(get_command(app).commands.items())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_every_option_of_every_command_is_explained(capsys, name):
+    code, out, _ = command(capsys, name, "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    for parameter in dict(commands())[name].params:
+        assert parameter.opts[-1] in words
+        # Cut where a default or a range may be put in.
+        assert " ".join(parameter.help.split())[:20] in words, parameter.name
+
+
+def test_the_list_of_commands_cuts_no_explanation_short(capsys):
+    _, out, _ = command(capsys, "--help")
+    assert [name for name, _ in commands()] == sorted(
+        *(["demo", "extract", "info", "make-validation", "plan", "train", "validate"],)
+    )
+    assert "..." not in out.split("Commands:")[1]
