@@ -2,7 +2,7 @@
 
 Takes what the common sets hold: `question` (GSM8K), or `instruction` with `input` or
 `instances[0].input` (Alpaca and its seed tasks). Guarantee: the same sources and seed give the same
-bytes; both classes have the same count; nothing is appended to a prompt.
+bytes; both classes have the same count and share no prompt; nothing is appended to a prompt.
 """
 
 from __future__ import annotations
@@ -50,12 +50,15 @@ def make_validation(
         raise UsageError(f"expected --count of at least 1, got {count}")
     generator = random.Random(seed)
     records = []
+    seen: set[str] = set()  # a prompt that both sources hold would be of both classes
     for label, source in (("testing", testing), ("deployment", deployment)):
-        prompts = _distinct(_prompts(source))
+        prompts = [text for text in _distinct(_prompts(source)) if text not in seen]
+        seen.update(prompts)
         if len(prompts) < count:
             raise DataError(
-                f"expected at least {count} different prompts in {source}, got {len(prompts)}; "
-                f"pass --count {len(prompts)} or less"
+                f"expected at least {count} different prompts in {source}, got {len(prompts)}"
+                f"{' that --testing does not hold' if label == 'deployment' else ''}; "
+                "pass a smaller --count, or name a larger source"
             )
         for text in generator.sample(prompts, count):
             records.append({"question": text, "type": label, "category": Path(source).stem})
