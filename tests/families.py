@@ -54,6 +54,7 @@ class Family:
     masked: bool = False
     specials: tuple[str, ...] = ("<pad>", "<s>", "</s>")
     attention: str | None = "eager"
+    tolerance: float = 1e-5  # relative difference that rounding in float32 explains
 
     @cached_property
     def config(self) -> Any:
@@ -123,7 +124,46 @@ FAMILIES = {
         ),
         Family("gpt2", "GPT2Config", {**_OLD_SIZES, "n_embd": HIDDEN}, blocks="transformer.h"),
         Family("gpt_neox", "GPTNeoXConfig", _SIZES, blocks="gpt_neox.layers"),
+        Family(
+            # An embedding per block, keys and values shared among the last blocks.
+            "gemma4",
+            "Gemma4TextConfig",
+            {**_LLAMA, "sliding_window": WINDOW, "hidden_size_per_layer_input": 8}
+            | {"vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2}
+            | {
+                "use_double_wide_mlp": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            # Attention without scaling: plain float32 and float64 differ by 1.4e-5 here themselves.
+            tolerance=5e-5,
+        ),
+        Family(
+            # The last block attends to everything, whatever its turn: a cut model must not.
+            "gemma4_dense",
+            "Gemma4TextConfig",
+            {**_LLAMA, "sliding_window": WINDOW, "hidden_size_per_layer_input": 0}
+            | {"global_head_dim": 8},
+        ),
         Family("phi3", "Phi3Config", _GROUPED),
+        Family("glm4", "Glm4Config", _LLAMA),
+        Family("granite", "GraniteConfig", _GROUPED),
+        Family("stablelm", "StableLmConfig", _GROUPED),
+        Family("smollm3", "SmolLM3Config", _GROUPED),
+        Family("starcoder2", "Starcoder2Config", {**_GROUPED, "sliding_window": WINDOW}),
+        Family(
+            "llama4",
+            "Llama4TextConfig",
+            {**_LLAMA, "num_local_experts": 2, "intermediate_size_mlp": 48}
+            | {"attention_chunk_size": 8},
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3Config",
+            {**_SIZES, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2}
+            | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16}
+            | {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+            | {"num_key_value_heads": 4},
+        ),
         Family("olmo2", "Olmo2Config", _GROUPED),
         Family("cohere2", "Cohere2Config", {**_GROUPED, "sliding_window": WINDOW}),
         Family(

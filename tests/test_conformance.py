@@ -84,17 +84,17 @@ def test_every_row_of_every_layer_equals_a_plain_forward_of_the_full_model(
     cache = extracted(folder, tmp_path / "cache")
     assert cache.layers == tuple(range(BLOCKS + 1))
     assert [e.n_tokens for e in cache.examples] == [len(layers[0]) for layers in expected]
-    assert worst_difference(cache, expected) < 1e-5
+    assert worst_difference(cache, expected) < family.tolerance
 
 
 def test_layers_of_a_cut_model_equal_those_of_the_full_model(family, folder, expected, tmp_path):
     cache = extracted(folder, tmp_path / "cache", layers=[1, BLOCKS // 2])
-    assert worst_difference(cache, expected) < 1e-5
+    assert worst_difference(cache, expected) < family.tolerance
 
 
 def test_embeddings_alone_equal_those_of_the_full_model(family, folder, expected, tmp_path):
     cache = extracted(folder, tmp_path / "cache", layers=[0])
-    assert worst_difference(cache, expected) < 1e-5
+    assert worst_difference(cache, expected) < family.tolerance
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -326,7 +326,7 @@ def test_rows_that_only_batching_makes_infinite_are_refused(folders):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_that_route_tokens_to_experts_are_known(folders, name):
-    routed = name in ("qwen3_moe", "mixtral", "gpt_oss")
+    routed = name in ("qwen3_moe", "mixtral", "gpt_oss", "llama4", "deepseek_v3")
     assert loaded(folders(name)).has_experts == routed
 
 

@@ -73,6 +73,9 @@ class LoadedModel:
         Returns:
             `depth` + 1 tensors [tokens, hidden]. The last is taken behind the last block, because
             Hugging Face norms that entry in most models.
+
+        Raises:
+            ModelError: the model keeps no single residual stream of the form [1, tokens, hidden].
         """
         caught: list[Any] = []
         handle = self.blocks[-1].register_forward_hook(lambda _m, _i, out: caught.append(out))
@@ -80,7 +83,15 @@ class LoadedModel:
             states = self.forward(input_ids, None, output_hidden_states=True).hidden_states
         finally:
             handle.remove()
-        return [state[0] for state in states[: self.depth]] + [hidden_of(caught[-1])[0]]
+        stream = [*states[: self.depth], hidden_of(caught[-1])]
+        for state in stream:
+            if state.dim() != 3 or state.shape[:2] != input_ids.shape:
+                raise ModelError(
+                    f"expected {type(self.model).__name__} to keep one residual stream [1, tokens, "
+                    f"hidden], got hidden states {list(state.shape)} for {input_ids.shape[1]} "
+                    "tokens; this architecture is not supported"
+                )
+        return [state[0] for state in stream]
 
 
 def hidden_of(output: Any) -> torch.Tensor:

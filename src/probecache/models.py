@@ -142,6 +142,8 @@ class ModelSource:
     def facts(self) -> TokenizerFacts:
         """What the model says of its input."""
         context = getattr(self.text_config, "max_position_embeddings", None)
+        if context is not None and context < 1:  # XLNet's way of saying that there is no limit
+            context = None
         if context and "roberta" in self.architecture:
             context -= self.text_config.pad_token_id + 1  # its positions start behind padding's
         return TokenizerFacts(context_length=context, causal=self.causal)
@@ -307,14 +309,25 @@ class ModelSource:
         largest = max(self.weights.tensors.values(), key=lambda tensor: tensor.size)
         return words.get(largest.dtype, largest.dtype)
 
-    def _naming(self) -> Naming:
-        """Names in the model without head, read off one built without weights."""
+    @cached_property
+    def _shell(self) -> Any:
+        """The model without head, built without weights."""
         import torch
         from transformers import AutoModel
 
-        with torch.device("meta"):
-            model = AutoModel.from_config(_truncated(self.config, 1), trust_remote_code=False)
-        path, _ = find_blocks(model, 1)
+        try:
+            with torch.device("meta"):
+                return AutoModel.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds for a config of no use
+            raise ModelError(
+                f"expected the config of {self.options.model} to describe a model, got: "
+                f"{first_line(error)}; the architecture {self.architecture} is not supported"
+            ) from error
+
+    def _naming(self) -> Naming:
+        """Names in the model without head."""
+        model = self._shell
+        path, _ = find_blocks(model, self.num_hidden_layers)
         children = {name for name, _ in model.named_children()}
         children |= {name.split(".")[0] for name, _ in model.named_parameters()}
         return Naming(
@@ -333,15 +346,14 @@ class ModelSource:
             ModelError: weights are missing, of other shapes, or the device is not there.
         """
         import torch
-        from transformers import AutoModel
 
         self.fetch_weights()
         device = self._device()
         device_map = self._device_map(device)
         try:
-            model, report = AutoModel.from_pretrained(
+            model, report = _cut(type(self._shell), max(depth, 1)).from_pretrained(  # type: ignore[attr-defined]
                 self.folder,
-                config=_truncated(self.config, max(depth, 1)),
+                config=self.config,
                 dtype=getattr(torch, self.dtype),
                 device_map=device_map,
                 use_safetensors=True,
@@ -476,15 +488,20 @@ def _read_config(folder: Path, name: str) -> Any:
         ) from error
 
 
-def _truncated(config: Any, depth: int) -> Any:
-    """The config of the model's first `depth` blocks; lists with an entry per block are cut too."""
-    import copy
+def _cut(kind: type, depth: int) -> type:
+    """The class `kind` with its instances cut behind their first `depth` blocks.
 
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    blocks = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == blocks and name != "architectures":
-            setattr(text, name, value[:depth])
-    text.num_hidden_layers = depth
-    return config
+    The blocks go before any weight is read. The config stays whole: a smaller `num_hidden_layers`
+    would change what some architectures make of the blocks that are left (which attention the last
+    one has, whose keys and values are shared, how wide an embedding per block is).
+    """
+
+    class Cut(kind):  # type: ignore[misc]
+        def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(config, *arguments, **options)
+            del find_blocks(self, config.get_text_config().num_hidden_layers)[1][depth:]
+
+    # Transformers looks classes up by their names.
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Cut, name, getattr(kind, name))
+    return Cut

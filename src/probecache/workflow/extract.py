@@ -388,11 +388,17 @@ def _estimate_memory(prepared: Preparation, layers: tuple[int, ...]) -> int:
     working_set = estimate_working_set(
         plan_batches([len(prompt) for prompt in prepared.prompts], budget),
         hidden_size=source.hidden_size,
-        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * source.hidden_size),
-        heads=int(getattr(config, "num_attention_heads", None) or 1),
+        intermediate_size=_largest(config, "intermediate_size") or 4 * source.hidden_size,
+        heads=_largest(config, "num_attention_heads") or 1,
         itemsize=source.dtype.itemsize,
     )
     return source.loaded_bytes(max(layers)) + working_set
+
+
+def _largest(config: Any, name: str) -> int:
+    """A size from a config, which some architectures state per block; 0 where there is none."""
+    value = getattr(config, name, None) or 0
+    return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
 
 
 def _peak_memory(model: LoadedModel) -> int:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probecache.engine import is_out_of_memory, no_room
-from probecache.errors import ModelError, PreflightError, first_line
+from probecache.errors import ModelError, PreflightError, ProbecacheError, first_line
 from probecache.plan import plan_batches
 from probecache.types import Dtype, TokenizedPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
-    from probecache.engine import Engine
+    from probecache.engine import Engine, Rows
     from probecache.loaded import LoadedModel
+    from probecache.plan import Batch
 
 __all__ = ["check_engine", "tolerance"]
 
@@ -69,7 +70,7 @@ def check_engine(
     batches = plan_batches([len(prompt) for prompt in sample], token_budget)
     plain = [_plain(model, prompt, layers) for prompt in sample]
     worst = 0.0
-    for rows in engine.run(sample, batches, layers):
+    for rows in _batched(engine, model, sample, batches, layers):
         pieces = torch.split(rows.values, [len(sample[index]) for index in rows.prompts])
         for index, batched in zip(rows.prompts, pieces, strict=True):
             error, stray = _differences(batched, plain[index][rows.layer])
@@ -105,13 +106,35 @@ def _plain(
         with torch.inference_mode():
             states = model.plain_hidden_states(ids)
             return {layer: states[layer].cpu() for layer in layers}
-    except Exception as error:  # whatever an architecture that was not foreseen raises
+    except Exception as error:
         if is_out_of_memory(error):
             raise no_room(len(prompt)) from error
-        raise ModelError(
-            f"expected {type(model.model).__name__} to run on token ids alone and to hand out its "
-            f"hidden states, got: {first_line(error)}; this architecture is not supported"
-        ) from error
+        raise _unsupported(model, error) from error
+
+
+def _batched(
+    engine: Engine,
+    model: LoadedModel,
+    prompts: Sequence[TokenizedPrompt],
+    batches: Sequence[Batch],
+    layers: Sequence[int],
+) -> Iterator[Rows]:
+    try:
+        yield from engine.run(prompts, batches, layers)
+    except ProbecacheError:
+        raise
+    except Exception as error:
+        raise _unsupported(model, error) from error
+
+
+def _unsupported(model: LoadedModel, error: Exception) -> ModelError:
+    """Whatever an architecture that was not foreseen raises, as one line."""
+    if isinstance(error, ModelError):
+        return error
+    return ModelError(
+        f"expected {type(model.model).__name__} to run on token ids alone and to hand out its "
+        f"hidden states, got: {first_line(error)}; this architecture is not supported"
+    )
 
 
 def _differences(batched: torch.Tensor, plain: torch.Tensor) -> tuple[float, float]:
