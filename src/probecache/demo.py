@@ -87,9 +87,10 @@ def _print_result(result: Validation, words: AurocEstimate) -> None:
     for layer in result.layers:
         area, mark = layer.auroc, " <- best" if layer is result.best else ""
         bar = "#" * round(40 * max(area.auroc - 0.5, 0) / 0.5)
-        print(
+        line = (
             f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]  {bar}{mark}"
         )
+        print(line.rstrip())
     best = result.best.auroc
     print(
         f"\nBest layer {result.best.layer}: AUROC {best.auroc:.3f} [{best.low:.3f}, "

@@ -56,7 +56,7 @@ def print_plan(planned: Plan) -> None:
         ("disk in all", f"{planned.bytes_total:,} bytes ({_bytes(planned.bytes_total)})"),
         ("disk free", f"{planned.bytes_free:,} bytes at {planned.output}"),
         ("weights to read", f"{planned.weight_bytes:,} bytes ({_bytes(planned.weight_bytes)})"),
-        ("memory, estimated", _bytes(planned.memory_bytes)),
+        ("memory, estimated", f"{_bytes(planned.memory_bytes)}, and about 0.5 GB of Python itself"),
     ]
     if planned.cached_layers:
         lines.append(("already cached", f"layers {format_layers(planned.cached_layers)}"))
