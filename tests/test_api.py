@@ -557,3 +557,16 @@ def test_importing_brings_in_nothing_heavy(code):
     check = f"{code}; import sys; print([m for m in sys.argv[1:] if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", check, *heavy], capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_batch_of_no_tokens_is_refused_before_anything_is_read(tokens, tmp_path):
+    with pytest.raises(UsageError, match=f"batch_tokens of at least 1, got {tokens}"):
+        probecache.extract(
+            model="none", data="none.json", output=tmp_path / "c", batch_tokens=tokens
+        )
+
+
+def test_a_plan_takes_what_an_extraction_takes():
+    options = {"model": MODEL, "data": PAIRS, "layers": 2, "announce": print, "quiet": True}
+    assert probecache.plan_extraction(**options).layers == (2,)

@@ -26,6 +26,7 @@ from probecache.layers import format_layers, parse_layers
         ("1,-1,3-4", (1, 3, 4, 24)),
         ([3, -1], (3, 24)),
         ((7,), (7,)),
+        (7, (7,)),
     ],
 )
 def test_layers_are_read_from_lists_ranges_and_the_end(text, layers):

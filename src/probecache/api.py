@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["extract", "plan_extraction", "train", "validate"]
 
 Data = str | Path | Sequence[Mapping[str, Any]]
-Layers = str | Sequence[int]
+Layers = str | int | Sequence[int]
 
 
 def extract(
@@ -116,6 +116,7 @@ def plan_extraction(
     """
     from probecache.workflow.extract import plan
 
+    options.pop("announce", None)  # there is nothing to announce but what is returned
     return plan(_request(model=model, data=data, **options), output)
 
 
@@ -221,12 +222,15 @@ def _request(
     adapter: str | None = None,
     device: str | None = None,
     device_map: str | None = None,
+    batch_tokens: int | None = None,
     **run: Any,
 ) -> ExtractRequest:
     from probecache.models import ModelOptions
     from probecache.prompts import PromptOptions
     from probecache.workflow.extract import ExtractRequest
 
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UsageError(f"expected batch_tokens of at least 1, got {batch_tokens}")
     return ExtractRequest(
         model=ModelOptions(
             model=str(model),
@@ -245,6 +249,7 @@ def _request(
             keep_special_tokens=keep_special_tokens,
             truncate=truncate,
         ),
+        batch_tokens=batch_tokens,
         **run,
     )
 

@@ -15,15 +15,16 @@ __all__ = ["format_layers", "parse_layers"]
 _RANGE = re.compile(r"(-?\d{1,9})-(-?\d{1,9})(?::(\d{1,9}))?")
 
 
-def parse_layers(text: str | Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
-    """Layers from `10,20,23`, `all`, `10-70:10` (both ends included) or a list; negatives from the
-    end, -1 being `num_hidden_layers`. Rising, without doubles.
+def parse_layers(text: str | int | Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """Layers from `10,20,23`, `all`, `10-70:10` (both ends included), a number or a list; negatives
+    from the end, -1 being `num_hidden_layers`. Rising, without doubles.
 
     Raises:
         LayerError: a layer that the model does not have; names the range.
         UsageError: text of another form.
     """
-    parts = text.split(",") if isinstance(text, str) else list(map(str, text))
+    numbers = [text] if isinstance(text, int) else text
+    parts = numbers.split(",") if isinstance(numbers, str) else list(map(str, numbers))
     layers: set[int] = set()
     for part in map(str.strip, parts):
         layers.update(_expand(part, num_hidden_layers))

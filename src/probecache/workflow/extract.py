@@ -77,7 +77,7 @@ class ExtractRequest:
 
     model: ModelOptions
     data: str | Path | Sequence[Mapping[str, Any]]
-    layers: str | Sequence[int] = "all"
+    layers: str | int | Sequence[int] = "all"
     prompts: PromptOptions = field(default_factory=PromptOptions)
     batch_tokens: int | None = None
     allow_nonfinite: bool = False
