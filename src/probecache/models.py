@@ -20,12 +20,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probecache.adapter import Adapter, find_adapter
 from probecache.checkpoint import (
     Naming,
     Weights,
     folder_of,
     hub_tensors,
-    read_header,
     stored_tensors,
     weight_files,
 )
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["ModelOptions", "ModelSource", "open_model"]
 
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -194,28 +193,10 @@ class ModelSource:
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
-    def adapter_folder(self) -> Path | None:
-        """The adapter's folder, fetched if it lies on the hub."""
-        if self.options.adapter is None:
-            return None
-        folder = folder_of(self.options.adapter, None, [*_SETTINGS_FILES, _ADAPTER_FILES[1]])
-        for name in _ADAPTER_FILES:
-            if not (folder / name).is_file():
-                raise ModelError(
-                    f"expected {name} in {self.options.adapter}, got none; save the adapter with "
-                    "peft's save_pretrained"
-                )
-        return folder
-
-    @cached_property
-    def adapter_fingerprint(self) -> str | None:
-        """SHA-256 of the adapter's settings and weights."""
-        if self.adapter_folder is None:
-            return None
-        digest = hashlib.sha256()
-        for name in _ADAPTER_FILES:
-            digest.update((self.adapter_folder / name).read_bytes())
-        return digest.hexdigest()
+    def adapter(self) -> Adapter | None:
+        """The adapter that goes on top of the model."""
+        name = self.options.adapter
+        return None if name is None else find_adapter(name, _SETTINGS_FILES)
 
     # -- checks
 
@@ -373,8 +354,8 @@ class ModelSource:
                 f"expected to load {self.options.model}, got: {first_line(error)}"
             ) from error
         self._check_loaded(report)
-        model = self._with_adapter(model.eval())
-        return LoadedModel(model, max(depth, 1))
+        self._apply_adapter(model)
+        return LoadedModel(model.eval(), max(depth, 1))
 
     def _device(self) -> torch.device:
         import torch
@@ -415,55 +396,19 @@ class ModelSource:
                 "download it again"
             )
 
-    def _with_adapter(self, model: Any) -> Any:
-        if self.adapter_folder is None:
-            return model
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ModelError(
-                "expected the package peft for --adapter, got none; "
-                "install it with: pip install 'probecache[adapter]'"
-            ) from error
+    def _apply_adapter(self, model: Any) -> None:
+        """Put the adapter into the blocks of a cut model, in place."""
+        if self.adapter is None:
+            return
+        import torch
         from transformers import AutoModelForCausalLM
 
-        try:
-            # Adapters are trained on the model with its head, so their weights bear its names. The
-            # head itself stays on meta: it is never run.
-            import torch
-
-            with torch.device("meta"):
-                shell = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
-            setattr(shell, shell.base_model_prefix, model)
-            adapted = PeftModel.from_pretrained(shell, str(self.adapter_folder), is_trainable=False)
-            self._check_adapter(adapted, self.adapter_folder / _ADAPTER_FILES[1])
-        except Exception as error:  # peft raises many kinds for an adapter that does not fit
-            raise ModelError(
-                f"expected an adapter for this model in {self.options.adapter}, got: "
-                f"{first_line(error)}"
-            ) from error
-        return model.eval()
-
-    def _check_adapter(self, adapted: Any, file: Path) -> None:
-        """Peft skips what does not fit with a warning at most; half an adapter is another model."""
-        from peft import get_peft_model_state_dict
-        from peft.tuners.tuners_utils import BaseTuner
-
-        config = adapted.active_peft_config
-        by_tokens = getattr(config, "alora_invocation_tokens", None)  # switched on by the input
-        if (
-            not isinstance(adapted.base_model, BaseTuner)
-            or config.peft_type == "XLORA"
-            or by_tokens
-        ):
-            raise ValueError(f"one of the type {config.peft_type.value}, not inside the blocks")
-        stored = {tensor.name for tensor in read_header(file)}
-        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored
-        if missing:
-            raise ValueError(f"one without the weights {min(missing)}")
-        block_of = self.weights.naming.block_of
-        if any((block_of(name) or 0) >= self.num_hidden_layers for name in stored):
-            raise ValueError("one of a deeper model")
+        # Adapters are trained on the model with its head, so their weights bear its names. The head
+        # itself stays on meta: it is never run.
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        setattr(shell, shell.base_model_prefix, model)
+        self.adapter.apply(shell, self.weights.naming.block_of, self.num_hidden_layers)
 
 
 # ---------------------------------------------------------------- files and config

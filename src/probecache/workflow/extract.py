@@ -360,7 +360,7 @@ def _identity(
         hidden_size=source.hidden_size,
         dtype=source.dtype,
         quantization=source.quantization,
-        adapter=source.adapter_fingerprint,
+        adapter=source.adapter.fingerprint if source.adapter else None,
         attention="",
         tokenizer=source.tokenizer_fingerprint,
         chat_template=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
