@@ -95,7 +95,6 @@ def find_adapter(name: str, settings: Sequence[str]) -> Adapter:
     for file in (_SETTINGS, _WEIGHTS):
         if not (folder / file).is_file():
             raise ModelError(
-                f"expected {file} in {name}, got none; save the adapter with peft's "
-                "save_pretrained"
+                f"expected {file} in {name}, got none; save the adapter with peft's save_pretrained"
             )
     return Adapter(name, folder)
