@@ -35,7 +35,8 @@ def print_start(planned: Plan) -> None:
         print(
             f"Extracting layers {format_layers(planned.layers)} of {planned.model} "
             f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
-            f"{planned.tokens:,} tokens, positions {planned.positions}",
+            f"{planned.tokens:,} tokens, positions {planned.positions}; reading "
+            f"{_bytes(planned.weight_bytes)} of weights",
             flush=True,
         )
 
