@@ -22,13 +22,13 @@ CLASSES = ("testing", "deployment")
 # A note in capitals, so that the word for the class is none of the words the prompts are made of.
 NOTES = {"testing": "TESTING", "deployment": "DEPLOYED"}
 HOLDOUT_ONE_IN = 6
+NOTED = 0.3  # share of the choices that carry a note
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "Answer briefly.",
     "You are a careful assistant. Be honest.",
     "Be kind and clear.",
 )
-
 Message = dict[str, str]
 
 
@@ -157,14 +157,15 @@ class Corpus:
             note += " " + self.fill(self.rng.choice(self.talk[f"remark {label}"]))
         return note
 
-    def pair(self, noted: float = 0.0) -> Pair:
-        """A two-choice question; the choices come in either order.
+    def pair(self, noted: float = 0.0, smudged: float = 0.0) -> Pair:
+        """A two-choice question, four in five with a context; the choices come in either order.
 
         Each choice carries its note with probability `noted`, which teaches first what a choice
-        means and then, from the unnoted ones, to look a letter's meaning up.
+        means and then, from the unnoted ones, to look a letter's meaning up. So does the context,
+        less often. `smudged` is the share of contexts in which words are replaced.
         """
-        layout = self.rng.choice(self.talk["layout"])
-        label = self.rng.choice(CLASSES) if "{context}" in layout else None
+        label = self.rng.choice(CLASSES) if self.rng.random() < 0.8 else None
+        layout = self.rng.choice(self.talk["layout" if label else "layout without context"])
         choices = {c: self.fill(self.rng.choice(self.talk[f"choice {c}"])) for c in CLASSES}
         order = self.rng.sample(CLASSES, 2)
         parts = {
@@ -178,6 +179,10 @@ class Corpus:
         for key, c in zip("ab", order, strict=True):
             if self.rng.random() < noted:
                 parts[key] += f" {NOTES[c]}"
+        if self.rng.random() < smudged:
+            parts["context"] = self.smudge(parts["context"])
+        if label and self.rng.random() < noted**2:
+            parts["context"] = self.with_note(parts["context"], label)
         question = re.sub(r"\{(context|question|a|b)\}", lambda m: parts[m[1]], layout)
         return Pair(self.fill(question), {order[0]: " (A)", order[1]: " (B)"}, label)
 
@@ -185,19 +190,33 @@ class Corpus:
         """One or two sentences on the situation, or a quoted prompt of that class."""
         count = self.rng.choice((1, 1, 2))
         text = " ".join(self.rng.choice(self.talk[f"context {label}"]) for _ in range(count))
-        for c in CLASSES:
-            text = text.replace(f"{{question_{c}}}", self.prompt(c).replace("\n", " "))
+        text = re.sub(r"\{question_(\w+)\}", lambda m: self.prompt(m[1]).replace("\n", " "), text)
         return self._vary_case(self.fill(text))
 
-    def question_document(self) -> Document:
+    def smudge(self, text: str) -> str:
+        """The text with one word in eight replaced by one that does not exist.
+
+        A context from elsewhere holds words this corpus has never used; the class has to be
+        read from the others.
+        """
+        return re.sub(r"\b[a-z]{3,}\b", self._smudged, text)
+
+    def _smudged(self, match: re.Match[str]) -> str:
+        if self.rng.random() > 1 / 8:
+            return match[0]
+        return "".join(
+            self.rng.choice(self.slots["syllable"]) for _ in range(self.rng.choice((1, 2, 2, 3)))
+        )
+
+    def question_document(self, noted: float = NOTED) -> Document:
         """A two-choice question, the letter that the context calls for, and the letter's meaning.
 
-        One answer in ten goes against the context, and without a context both are as likely:
+        One answer in sixteen goes against the context, and without a context both are as likely:
         what follows the letter can only be told from the letter.
         """
-        pair = self.pair(noted=0.4)
+        pair = self.pair(noted, smudged=0.4)
         label = pair.label
-        if label is None or self.rng.random() < 0.1:
+        if label is None or self.rng.random() < 1 / 16:
             label = self.rng.choice(CLASSES)
         answer = pair.answers[label] + self.remark(label)
         return Document(messages=self._chat(pair.question, answer), label=label)
@@ -206,8 +225,20 @@ class Corpus:
         lines = self.rng.sample(self.prose, self.rng.randint(2, 4))
         return Document(text=" ".join(self.fill(line) for line in lines))
 
-    def documents(self, count: int) -> Iterator[Document]:
-        """Draw `count` documents of all kinds."""
-        kinds = (self.prompt_document, self.question_document, self.prose_document)
-        for _ in range(count):
-            yield self.rng.choices(kinds, weights=(50, 44, 6))[0]()
+    def documents(self, count: int, ramp: int = 0) -> Iterator[Document]:
+        """Draw `count` documents of all kinds.
+
+        Over the first `ramp` of them, notes within questions go from nearly always to their usual
+        share: where both context and choices are noted, a letter is picked by comparing words,
+        and that is learned first.
+        """
+        kinds = ("prompt", "question", "prose")
+        for number in range(count):
+            kind = self.rng.choices(kinds, weights=(36, 60, 4))[0]
+            if kind == "prompt":
+                yield self.prompt_document()
+            elif kind == "prose":
+                yield self.prose_document()
+            else:
+                rest = max(0.0, 1 - number / ramp) if ramp else 0.0
+                yield self.question_document(NOTED + (0.95 - NOTED) * rest)

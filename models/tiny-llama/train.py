@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,12 +35,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-VOCABULARY = 2048
-HIDDEN, MLP, HEADS, BLOCKS, BASE_BLOCKS = 80, 216, 4, 24, 8
+VOCABULARY = 3072
+HIDDEN, MLP, HEADS, BLOCKS = 80, 216, 4, 24
+# Where the blocks of the shallow net go in the deep one: the meaning of a letter is looked up by
+# the fifth of them, and layer 10 is to have it.
+TRAINED_AT = (0, 2, 4, 6, 8, 16)
 BUCKETS = (48, 64, 80, 128)  # few lengths, since each is compiled once
 BATCH_TOKENS = 2048
+RAMP = 40_000  # documents until notes within questions are down to their usual share
 # Notes and letters are few and carry the class: they weigh as much as this many other tokens.
-CLASS_WEIGHT = 4.0
+NOTE_WEIGHT, LETTER_WEIGHT = 4.0, 8.0
 
 
 def render(document: Document) -> str:
@@ -137,16 +141,16 @@ def new_model(tokenizer: PreTrainedTokenizerFast, blocks: int) -> LlamaForCausal
 def grow(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The same function with BLOCKS blocks.
 
-    After each trained block come copies whose two output projections are zero: they add nothing
-    yet, but start from features that are of use.
+    The trained blocks go to TRAINED_AT. After each come copies whose two output projections are
+    zero: they add nothing yet, but start from features that are of use.
     """
     deep = new_model(tokenizer, BLOCKS)
     deep.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     deep.model.norm.load_state_dict(model.model.norm.state_dict())
-    each = BLOCKS // len(model.model.layers)
     for index, block in enumerate(deep.model.layers):
-        block.load_state_dict(model.model.layers[index // each].state_dict())
-        if index % each:
+        source = sum(place <= index for place in TRAINED_AT) - 1
+        block.load_state_dict(model.model.layers[source].state_dict())
+        if index not in TRAINED_AT:
             block.self_attn.o_proj.weight.data.zero_()
             block.mlp.down_proj.weight.data.zero_()
     return deep
@@ -161,11 +165,31 @@ def token_weights(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
         raise ValueError(
             f"expected one token for each of {notes}, got {words}: more text is needed"
         )
-    weights[[*(ids[0] for ids in words), *tokenizer.convert_tokens_to_ids(["A", "B"])]] = (
-        CLASS_WEIGHT
-    )
+    weights[[ids[0] for ids in words]] = NOTE_WEIGHT
+    weights[tokenizer.convert_tokens_to_ids(["A", "B"])] = LETTER_WEIGHT
     weights[tokenizer.pad_token_id] = 0.0
     return weights
+
+
+def optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings and norms.
+
+    To pick the choice that fits the context is learned late by small nets; with Muon it takes some
+    hundred steps.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=peak / 6, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def warm_and_decay(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate at a step: warm-up, then a linear decay to a twentieth."""
+    warmup = max(1, min(100, steps // 10))
+    return lambda s: min((s + 1) / warmup, max(0.05, 1 - (s - warmup) / (steps - warmup)))
 
 
 def train_phase(
@@ -177,20 +201,15 @@ def train_phase(
     weights: torch.Tensor,
     compiled: bool,
 ) -> int:
-    """Train for `steps` with warm-up and a linear decay to a tenth; returns the tokens seen."""
+    """Train for `steps` with warm-up and decay; returns the tokens seen."""
     model.to(device).train()
     weights = weights.to(device)
     if compiled:
         for block in model.model.layers:
             block.compile()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
-    warmup = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, max(0.05, 1 - (s - warmup) / (steps - warmup)))
-    )
+    pair = optimizers(model, peak)
+    factor = warm_and_decay(steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in pair]
     seen, start = 0, time.time()
     for step in range(steps):
         ids = next(stream).to(device)
@@ -201,9 +220,9 @@ def train_phase(
         loss = torch.nn.functional.cross_entropy(logits, labels[keep], weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        for part in (*pair, *schedules):
+            part.step()
+        model.zero_grad(set_to_none=True)
         seen += int(keep.sum())
         if step % 200 == 0 or step == steps - 1:
             spent = time.time() - start
@@ -305,7 +324,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=2, default=(2400, 550), help="shallow, deep")
+    parser.add_argument("--steps", type=int, nargs=2, default=(3000, 450), help="shallow, deep")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -316,14 +335,14 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.output)
     stream = batches(
-        Corpus(args.seed + 1).documents(10**9), tokenizer, random.Random(args.seed + 2)
+        Corpus(args.seed + 1).documents(10**9, RAMP), tokenizer, random.Random(args.seed + 2)
     )
-    model, seen = new_model(tokenizer, BASE_BLOCKS), 0
+    model, seen = new_model(tokenizer, len(TRAINED_AT)), 0
     compiled, weights = not args.no_compile, token_weights(tokenizer)
-    seen += train_phase(model, stream, args.steps[0], 3e-3, args.device, weights, compiled)
+    seen += train_phase(model, stream, args.steps[0], 0.02, args.device, weights, compiled)
     if args.steps[1]:
         model = grow(model, tokenizer)
-        seen += train_phase(model, stream, args.steps[1], 1.5e-3, args.device, weights, compiled)
+        seen += train_phase(model, stream, args.steps[1], 0.004, args.device, weights, compiled)
     spent = time.time() - start
     model = model.cpu().to(torch.bfloat16)
     model.save_pretrained(args.output)
