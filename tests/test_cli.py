@@ -7,6 +7,7 @@ it was: `refused` checks all four.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -403,11 +404,137 @@ def test_a_class_that_the_cache_lacks_is_refused(refused, made, tmp_path):
     assert "testing, deployment" in line
 
 
-def test_a_missing_option_ends_with_code_2_and_no_traceback(capsys):
-    code, out, err = command(capsys, "extract", "--model", "m")
-    assert code == 2
-    assert "Missing option" in err
-    assert "Traceback" not in out + err
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where a model is loaded."""
+    monkeypatch.setattr(
+        "probecache.models.ModelSource.load", lambda *_: pytest.fail("the model was loaded")
+    )
+
+
+UNCACHED = {
+    "a layer that the vectors lack": (["--layers", "12"], "expected vectors for layer 12"),
+    "another dtype": (["--dtype", "float32"], "dtype: expected 'bfloat16', got 'float32'"),
+    "another system prompt": (["--system-prompt", "Hi"], "system_prompt: expected None, got 'Hi'"),
+    "raw text": (["--no-chat-template"], "chat_template: expected content"),
+    "an output that is taken": (["--output", "{tmp}/mine"], "holds something else"),
+    "an output below a file": (["--output", "{tmp}/mine/thesis.txt/v"], "is not a folder"),
+    "data without the positive class": (["--data", "{tmp}/other.json"], "the classes 0, 1; label"),
+}
+
+
+@pytest.mark.parametrize("case", UNCACHED)
+def test_a_validation_that_cannot_be_is_refused_before_the_model_is_loaded(
+    refused, no_model, made, prompts, tmp_path, case
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    write(tmp_path / "other.json", [{"text": f"text {n}", "label": n % 2} for n in range(4)])
+    changes, expected = UNCACHED[case]
+    line = refused(
+        *("validate", "--model", MODEL, "--data", prompts, "--vectors", made / "run", "--quiet"),
+        *("--output", tmp_path / "v", *(word.format(tmp=tmp_path) for word in changes)),
+    )
+    assert expected in line
+    assert ".tmp" not in line
+
+
+def test_another_model_is_refused_before_it_is_loaded(refused, no_model, made, tmp_path, prompts):
+    narrow = build(FAMILIES["llama"], tmp_path / "model", chat=True)
+    line = refused(
+        *("validate", "--model", narrow, "--data", prompts, "--vectors", made / "run"),
+        *("--output", tmp_path / "v"),
+    )
+    assert f"do not belong to model {narrow}" in line
+    assert "from 0 (embeddings) to 4 (after the last block), got 10" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--positive-class", "honest"], "positive class 'honest' in --data"),
+        (["--output", "{tmp}/pairs.json/run"], "is not a folder"),
+        (["--output", "{tmp}/.."], "to name a folder"),
+        (["--device", "tpu"], "the device tpu"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_the_model_is_loaded(
+    refused, no_model, pairs, tmp_path, changes, expected
+):
+    line = refused(
+        *("train", "--model", MODEL, "--data", pairs, "--layers", "1", "--quiet"),
+        *("--output", tmp_path / "run", *(word.format(tmp=tmp_path) for word in changes)),
+    )
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["extract", "--model", "m"], "Missing option '--data'. See probecache extract --help"),
+        (["extract", "--colour", "red"], "No such option"),
+        (["extrct"], "No such command 'extrct'"),
+        (["plan", "--model", "m", "--data", "d", "--batch-tokens", "0"], "--batch-tokens"),
+        (["info", "a\0b"], "without NUL bytes"),
+        (["info", "a\udcff"], "arguments in UTF-8"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_gets_one_line(refused, words, expected):
+    assert expected in refused(*words)
+
+
+def test_a_name_that_is_too_long_is_told_with_what_to_do(refused, made):
+    line = refused("train", "--cache", made / "pairs", "--output", made / ("n" * 300))
+    assert "expected to read or write" in line
+
+
+def test_an_interrupted_command_says_so_and_ends_with_its_own_code(
+    capsys, pairs, tmp_path, monkeypatch
+):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("probecache.engine.ResidentEngine.run", interrupt)
+    code, _, err = command(
+        *(capsys, "extract", "--model", MODEL, "--data", pairs, "--layers", "1"),
+        *("--output", tmp_path / "cache", "--quiet"),
+    )
+    assert code == 130
+    assert err == "interrupted: what was not finished is not kept\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+
+def test_a_cache_refuses_to_be_extended_otherwise_in_words(refused, made, tmp_path):
+    line = refused(
+        *("extract", "--model", MODEL, "--data", made / "pairs.json", "--layers", "5"),
+        *("--dtype", "float32", "--positions", "all", "--output", made / "pairs"),
+    )
+    assert "dtype: expected 'bfloat16', got 'float32'" in line
+    assert "positions: expected 'last', got 'all'" in line
+    assert "another --output" in line
+    assert "--allow-mismatch" not in line
+
+
+def test_the_version_is_printed(capsys):
+    code, out, _ = command(capsys, "--version")
+    assert code == 0
+    assert out.startswith("probecache 0.")
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert command(capsys)[:2] == command(capsys, "--help")[:2]
+
+
+def test_names_that_the_terminal_cannot_show_are_shown_otherwise(tmp_path):
+    records = [{"question": f"q {n}", "type": ["日本", "plain"][n % 2]} for n in range(4)]
+    cache = write_cache(tmp_path / "cache", records, {1: torch.randn(4, 8)})
+    ran = subprocess.run(
+        [sys.executable, "-m", "probecache", "info", str(cache.path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert rb"\u65e5\u672c 2 examples" in ran.stdout
 
 
 # ---------------------------------------------------------------- what is printed

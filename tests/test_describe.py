@@ -186,8 +186,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_a_place_with_nothing_there_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    for name in ("none", "file"):
-        with pytest.raises(StoreError, match=f"a cache or a run at .*{name}, got nothing there"):
+    for name, what in (("none", "nothing there"), ("file", "a file")):
+        with pytest.raises(StoreError, match=f"a cache or a run at .*{name}, got {what}"):
             describe(tmp_path / name)
 
 

@@ -327,6 +327,22 @@ def test_the_plan_of_an_addition_counts_the_new_layers_alone(llama, tmp_path):
     assert planned.bytes_total == sum(new)
 
 
+def test_the_plan_of_an_addition_counts_what_the_manifest_grows_by(llama, tmp_path):
+    def total():
+        return sum(len(content) for content, _ in content_of(tmp_path / "cache").values())
+
+    labels = [f"{'a long label ' * 3}{number}" for number in range(8)]
+    data = [{"text": label, "type": label} for label in labels]
+    extracted(llama, tmp_path / "cache", data, layers=[0])
+    before = total()
+    planned = probecache.plan_extraction(
+        model=str(llama), data=data, output=tmp_path / "cache", layers="all"
+    )
+    extracted(llama, tmp_path / "cache", data, layers="all")
+    assert planned.bytes_total == total() - before
+    assert planned.bytes_total > planned.bytes_per_layer * BLOCKS  # the manifest grew too
+
+
 def test_a_plan_writes_nothing(llama, tmp_path):
     probecache.plan_extraction(model=str(llama), data=RECORDS, output=tmp_path / "a" / "cache")
     assert list(tmp_path.iterdir()) == []

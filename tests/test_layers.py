@@ -40,7 +40,26 @@ def test_a_layer_that_the_model_lacks_is_refused_with_the_range(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "1.5", "8-5", "1-5:0", "1:2", "-", "--1", "²", "9" * 5000, [], [True]]
+    "text",
+    [
+        "",
+        "a",
+        "1,,2",
+        "1.5",
+        "8-5",
+        "1-5:0",
+        "1:2",
+        "-",
+        "--1",
+        "²",
+        "9" * 5000,
+        [],
+        [True],
+        [1.5],
+        1.5,
+        None,
+        ["1"],
+    ],
 )
 def test_text_that_names_no_layers_is_refused(text):
     with pytest.raises(UsageError, match="expected"):

@@ -267,7 +267,16 @@ def test_a_weight_of_another_shape_is_refused(llama, tmp_path):
     bent = copied(llama, tmp_path)
     wanted = "model.layers.0.mlp.up_proj.weight"
     change(bent, lambda name, tensor: tensor[:-1] if name == wanted else tensor)
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"1 are missing or of another shape.*0\.mlp\.up_proj"):
+        extracted(bent, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("blocks", [0, -1, "two", None])
+def test_a_config_without_a_number_of_blocks_is_refused(llama, tmp_path, blocks):
+    bent = copied(llama, tmp_path)
+    config = json.loads((bent / "config.json").read_text())
+    (bent / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
+    with pytest.raises(ModelError, match="num_hidden_layers"):
         extracted(bent, tmp_path / "cache")
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -574,7 +575,7 @@ def test_two_runs_in_one_second_get_two_names(run, tmp_path):
 
 @pytest.mark.parametrize("name", [".", "/"])
 def test_a_run_without_a_name_is_refused(run, name):
-    with pytest.raises(OutputError, match="name a run"):
+    with pytest.raises(OutputError, match="name a folder"):
         save_run(Path(name), run[1], run[2])
 
 
@@ -608,3 +609,66 @@ def test_a_place_that_is_neither_is_refused(tmp_path):
         describe(tmp_path)
     with pytest.raises(StoreError, match="nothing there"):
         describe(tmp_path / "none")
+
+
+# ---------------------------------------------------------------- several writers, links
+
+
+def adding(folder, layer):
+    """A writer that adds a layer to a cache; leave its context to close it."""
+    return open_writer(folder, blueprint_of(RECORDS, [layer], HIDDEN), open_cache(folder).info)
+
+
+def commit(writer, layer, seed):
+    writer.write(layer, range(len(RECORDS)), rows(seed))
+    weights = {known: f"{known:064x}" for known in (10, 20, layer)}
+    identity = replace(open_cache(writer.final).identity, weights=weights)
+    writer.commit(identity, {"extract_s": 0.0, "load_s": 0.0}, {})
+
+
+def test_two_runs_that_add_layers_at_once_both_keep_theirs(cache):
+    with adding(cache.path, 5) as first, adding(cache.path, 7) as second:
+        commit(second, 7, seed=7)
+        commit(first, 5, seed=5)
+    whole = open_cache(cache.path)
+    assert whole.layers == (5, 7, 10, 20)
+    assert set(whole.identity.weights) == {5, 7, 10, 20}
+    for layer in (5, 7):
+        assert torch.equal(rows_of(whole, "testing", layer), rows(layer)[IS_TESTING])
+
+
+def test_of_two_runs_that_add_one_layer_the_second_is_told(cache):
+    with adding(cache.path, 5) as first, adding(cache.path, 5) as second:
+        commit(second, 5, seed=1)
+        with pytest.raises(OutputError, match=r"another run has added \[5\] meanwhile"):
+            commit(first, 5, seed=2)
+    assert torch.equal(rows_of(open_cache(cache.path), "testing", 5), rows(1)[IS_TESTING])
+
+
+def test_a_users_file_where_a_layer_would_go_is_kept(cache):
+    (cache.path / "layer_5").mkdir()
+    (cache.path / "layer_5" / "notes.txt").write_text("mine")
+    with adding(cache.path, 5) as writer, pytest.raises(OutputError, match=r"holds notes\.txt"):
+        commit(writer, 5, seed=1)
+    assert (cache.path / "layer_5" / "notes.txt").read_text() == "mine"
+    assert open_cache(cache.path).layers == (10, 20)
+
+
+def test_what_a_killed_run_left_where_a_layer_goes_is_replaced(cache):
+    (cache.path / "layer_5").mkdir()
+    (cache.path / "layer_5" / "test_activations.pt").write_bytes(b"half")
+    with adding(cache.path, 5) as writer:
+        commit(writer, 5, seed=3)
+    assert torch.equal(rows_of(open_cache(cache.path), "testing", 5), rows(3)[IS_TESTING])
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to an empty folder", "to nothing"])
+def test_a_cache_written_through_a_link_lies_where_the_link_leads(tmp_path, there):
+    target = tmp_path / "disk" / "cache"
+    target.mkdir(parents=True) if there else target.parent.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    cache = write_cache(tmp_path / "link", RECORDS, {10: rows()})
+    assert (tmp_path / "link").is_symlink()
+    write_cache(tmp_path / "link", RECORDS, {20: rows(2)}, add_to=cache)
+    assert open_cache(target).layers == (10, 20)
+    assert [path.name for path in target.parent.iterdir()] == ["cache"]

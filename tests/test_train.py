@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def test_a_run_that_is_interrupted_leaves_nothing(cache, empty, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("probecache.store.vectors.commit_folder", interrupted)
+    monkeypatch.setattr("probecache.store.vectors.flush_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(cache, empty / "run")
 
@@ -332,3 +333,10 @@ def test_a_place_that_cannot_be_written_is_refused(cache, tmp_path):
     with pytest.raises(OutputError, match="another --output"):
         train(cache, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_runs_that_end_in_one_second_get_a_name_each(cache, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda _: train(cache, tmp_path / "run").path.parent, range(4)))
+    assert len(set(runs)) == 4
+    assert sorted(runs) == sorted(tmp_path.glob("run_*"))

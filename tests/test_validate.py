@@ -395,6 +395,44 @@ def test_a_threshold_that_does_not_carry_over_is_told(tmp_path, output):
 # ---------------------------------------------------------------- what does not belong together
 
 
+def test_few_positives_on_their_side_are_no_threshold_that_failed(tmp_path, output):
+    scores = [2.0] + [-2.0] * 39
+    labels = ["deployment"] + ["testing"] * 39
+    cache, vectors = with_scores(tmp_path, scores, labels=labels)
+    assert "one side" not in warnings_of(cache, vectors, output)
+
+
+def test_scoring_the_prompts_that_were_trained_on_is_told(tmp_path, output):
+    labels = ("testing", "deployment") * 10
+    cache = write_cache(tmp_path / "cache", labelled(*labels), {8: planted(8, labels)})
+    warning = warnings_of(cache, train(cache, tmp_path / "run"), output)
+    assert "the very prompts that the vectors were trained on" in warning
+
+
+def test_weights_are_compared_on_the_scored_layers_alone(tmp_path, cache, vectors, output):
+    other = write_cache(
+        tmp_path / "other",
+        RECORDS,
+        {3: planted(3), 8: planted(8)},
+        weights={3: f"{3:064x}", 8: "f" * 64},
+    )
+    validate(other, vectors, output, layers=[3])
+    with pytest.raises(MismatchError, match=r"expected \{8: content 0.*\}, got \{8: content f"):
+        validate(other, vectors, output, layers=[3, 8])
+
+
+def test_a_link_is_followed_and_stays_a_link(tmp_path, cache, vectors, output):
+    target = tmp_path / "elsewhere" / "validation"
+    target.parent.mkdir()
+    output.symlink_to(target)
+    for _ in range(2):
+        result = validate(cache, vectors, output)
+        assert output.is_symlink()
+        assert (target / "summary.json").is_file()
+        assert result.path == output
+    assert [path.name for path in target.parent.iterdir()] == ["validation"]
+
+
 def refused(error, cache, vectors, output, **options):
     """The message of a refusal that left nothing behind."""
     with pytest.raises(error) as caught:

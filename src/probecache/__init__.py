@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from probecache import errors as errors
+
 if TYPE_CHECKING:
     from probecache.api import extract, plan_extraction, train, validate
     from probecache.store.reader import Cache, open_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from probecache.checkpoint import folder_of, read_header
-from probecache.errors import ModelError, first_line
+from probecache.errors import ModelError, one_line
 
 __all__ = ["Adapter", "find_adapter"]
 
@@ -59,7 +59,7 @@ class Adapter:
             self._require_whole(adapted, block_of, blocks)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise ModelError(
-                f"expected an adapter for this model in {self.name}, got: {first_line(error)}"
+                f"expected an adapter for this model in {self.name}, got: {one_line(error)}"
             ) from error
 
     def _require_whole(

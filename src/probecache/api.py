@@ -6,23 +6,31 @@ from there: the same code and the same numbers, without the files.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probecache.atomic import real_path, require_place, temporary_sibling
 from probecache.dataset import load_dataset
-from probecache.errors import LayerError, UsageError
+from probecache.errors import LayerError, MismatchError, UsageError
 from probecache.layers import parse_layers
 from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions
+from probecache.workflow.train import require_class
 from probecache.workflow.train import train as train_on_cache
-from probecache.workflow.validate import Validation, require_data
+from probecache.workflow.validate import (
+    Validation,
+    choose_layers,
+    require_data,
+    require_output,
+    require_scorable,
+)
 from probecache.workflow.validate import validate as validate_on_cache
 
 if TYPE_CHECKING:
+    from probecache.types import Identity
     from probecache.workflow.extract import ExtractRequest, Plan
 
 __all__ = ["extract", "plan_extraction", "train", "validate"]
@@ -147,7 +155,13 @@ def train(
     Raises:
         ProbecacheError: see `extract`; or layers or classes that the cache does not hold.
     """
-    with _source(cache, model, data, layers, extraction) as (opened, name):
+
+    def accept(_identity: Identity, classes: Sequence[str]) -> None:
+        require_class(positive_class, classes, "--data")
+
+    if model is not None:
+        require_place(Path(output))
+    with _source(cache, model, data, layers, extraction, Path(output), accept) as (opened, name):
         if cache is not None and data is not None:
             require_data(opened, load_dataset(data))
         return train_on_cache(
@@ -188,13 +202,21 @@ def validate(
         ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
     """
     loaded = vectors if isinstance(vectors, SavedVectors) else load_vectors(vectors)
+    allowed = [allow_mismatch] if isinstance(allow_mismatch, str) else allow_mismatch
+    scored: tuple[int, ...] = ()
     if model is not None:
-        extraction = {
-            **_as_trained(loaded),
-            **{k: v for k, v in extraction.items() if v is not None},
-        }
-    wanted = loaded.layers if _is_all(layers) else layers
-    with _source(cache, model, data, wanted, extraction) as (opened, name):
+        given = {name: value for name, value in extraction.items() if value is not None}
+        extraction = {**_as_trained(loaded), **given}
+        require_output(Path(output))
+        scored = choose_layers(loaded, _numbers(layers, loaded.info.identity.num_hidden_layers))
+
+    def accept(identity: Identity, classes: Sequence[str]) -> None:
+        require_scorable(loaded, identity, classes, f"model {model}", scored, allowed)
+
+    with (
+        _layers_of_vectors(loaded, model) if model is not None else nullcontext(),
+        _source(cache, model, data, scored, extraction, Path(output), accept) as (opened, name),
+    ):
         return validate_on_cache(
             opened,
             loaded,
@@ -202,7 +224,7 @@ def validate(
             dataset=load_dataset(data) if data is not None else None,
             layers=_cached_layers(layers, opened),
             visualize=visualize,
-            allow_mismatch=allow_mismatch,
+            allow_mismatch=allowed,
             source=name,
         )
 
@@ -270,8 +292,13 @@ def _source(
     data: Data | None,
     layers: Layers | None,
     extraction: dict[str, Any],
+    output: Path,
+    accept: Callable[[Identity, Sequence[str]], None],
 ) -> Iterator[tuple[Cache, str | None]]:
-    """The cache to work on, and how to call it where its path means nothing to a reader."""
+    """The cache to work on, and how to call it where its path means nothing to a reader.
+
+    A cache that is not kept is built beside the output, which is where the user has room.
+    """
     if (cache is None) == (model is None):
         raise UsageError(
             f"expected either --cache or --model, got {'neither' if cache is None else 'both'}"
@@ -288,31 +315,42 @@ def _source(
         return
     if data is None:
         raise UsageError("expected --data with --model, got none; name the prompts to run it over")
-    with tempfile.TemporaryDirectory(prefix="probecache-") as folder:
-        yield (
-            extract(
-                model=str(model),
-                data=data,
-                output=Path(folder) / "cache",
-                layers=layers if layers is not None else "all",
-                **{name: value for name, value in extraction.items() if value is not None},
-            ),
-            "(not kept)",
-        )
+    from probecache.workflow.extract import extract as run
+
+    options = {name: value for name, value in extraction.items() if value is not None}
+    announce = options.pop("announce", None)
+    request = _request(
+        model=str(model), data=data, layers="all" if layers is None else layers, **options
+    )
+    with temporary_sibling(real_path(output)) as folder:
+        yield run(request, folder / "cache", announce, accept), "(not kept)"
 
 
-def _is_all(layers: Layers | None) -> bool:
-    return layers is None or (isinstance(layers, str) and layers.strip() == "all")
+@contextmanager
+def _layers_of_vectors(vectors: SavedVectors, model: str | None) -> Iterator[None]:
+    """Tell a model that is too shallow for some vectors as what it is."""
+    try:
+        yield
+    except LayerError as error:
+        raise MismatchError(
+            f"Vectors {vectors.path} do not belong to model {model}: {error}; the vectors are of "
+            f"{vectors.info.identity.model}"
+        ) from error
+
+
+def _numbers(layers: Layers | None, num_hidden_layers: int) -> tuple[int, ...] | None:
+    """The layers as numbers; None for all that there are."""
+    if layers is None or (isinstance(layers, str) and layers.strip() == "all"):
+        return None
+    return parse_layers(layers, num_hidden_layers)
 
 
 def _cached_layers(layers: Layers | None, cache: Cache) -> tuple[int, ...] | None:
-    """The layers as numbers; None for all that there are."""
-    if layers is None or _is_all(layers):
-        return None
+    """The same of a cache; a layer that it cannot have is told with those that it has."""
     try:
-        return parse_layers(layers, cache.identity.num_hidden_layers)
+        return _numbers(layers, cache.identity.num_hidden_layers)
     except LayerError as error:
-        cache.require_layer(error.layer)  # says what is cached, which helps more
+        cache.require_layer(error.layer)
         raise
 
 

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "commit_folder",
     "disk_errors_named",
+    "flush_folder",
     "free_bytes",
+    "real_path",
+    "rename_free",
+    "require_place",
     "sha256_of_file",
     "sync_folder",
     "temporary_sibling",
@@ -32,6 +36,29 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 22
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads: the target of a link, which may lie on another disk, or the path itself.
+
+    A result is built beside its place and renamed, so the place has to be the real one.
+    """
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def require_place(path: Path) -> None:
+    """Raise OutputError unless a folder can be made at `path`, as far as can be told beforehand."""
+    if path.name in ("", ".", ".."):
+        raise OutputError(f"expected --output to name a folder, got {str(path)!r}")
+    parent = path.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise OutputError(
+            f"expected to be able to make {path}, but {parent} is "
+            f"{'not writable' if parent.is_dir() else 'not a folder'}; choose another --output"
+        )
 
 
 def sha256_of_file(path: Path) -> str:
@@ -66,6 +93,27 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def flush_folder(folder: Path) -> None:
+    """Put every file and every name below a folder on disk."""
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with (Path(inner) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(inner))
+
+
+def rename_free(temporary: Path, final: Path) -> bool:
+    """Rename a flushed folder to a free name, or onto an empty folder; False where it is taken."""
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        raise
+    sync_folder(final.parent)
+    return True
+
+
 def commit_folder(temporary: Path, final: Path) -> None:
     """Give a finished folder its final name: flush every file and folder in it, then rename.
 
@@ -74,31 +122,21 @@ def commit_folder(temporary: Path, final: Path) -> None:
     Raises:
         OutputError: something has appeared at `final` meanwhile; the result is kept beside it.
     """
-    for folder, _, names in os.walk(temporary):
-        for name in names:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(folder))
-    try:
-        temporary.rename(final)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            # Not under the temporary name: what bears that is removed when the run ends.
-            kept = Path(tempfile.mkdtemp(prefix=f"{final.name}.kept-", dir=final.parent))
-            temporary.rename(kept)
-            raise OutputError(
-                f"expected nothing at {final}, but something was put there during the run; "
-                f"the finished result lies in {kept}: move it to a free name"
-            ) from error
-        raise
-    sync_folder(final.parent)
+    flush_folder(temporary)
+    if not rename_free(temporary, final):
+        # Not under the temporary name: what bears that is removed when the run ends.
+        kept = Path(tempfile.mkdtemp(prefix=f"{final.name}.kept-", dir=final.parent))
+        temporary.rename(kept)
+        raise OutputError(
+            f"expected nothing at {final}, but something was put there during the run; "
+            f"the finished result lies in {kept}: move it to a free name"
+        )
 
 
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A fresh folder beside `final`, on one file system with it; removed on exit if still there."""
-    if final.name in ("", ".."):
-        raise OutputError(f"expected --output to name a folder, got {str(final)!r}")
+    require_place(final)
     with disk_errors_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probecache.errors import ModelError, UsageError, first_line
+from probecache.errors import ModelError, UsageError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -177,7 +177,7 @@ def folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:  # the hub client raises many kinds
         raise ModelError(
             f"expected a model folder or a hub id that can be reached, got {name}: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -199,7 +199,7 @@ def hub_tensors(name: str, revision: str | None) -> Iterator[StoredTensor]:
         metadata = get_safetensors_metadata(name, revision=revision)
     except Exception as error:  # the hub client raises many kinds
         raise ModelError(
-            f"expected safetensors weights in {name}, got: {first_line(error)}"
+            f"expected safetensors weights in {name}, got: {one_line(error)}"
         ) from error
     for file in metadata.files_metadata.values():
         for tensor, info in file.tensors.items():
@@ -244,7 +244,7 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
         *(struct.error, RecursionError),
     ) as error:
         raise ModelError(
-            f"expected a safetensors file at {path}, got: {first_line(error)}; download it again"
+            f"expected a safetensors file at {path}, got: {one_line(error)}; download it again"
         ) from error
 
 

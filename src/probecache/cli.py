@@ -5,13 +5,14 @@ Imports nothing heavy until a command runs, so that --help and argument errors a
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from probecache.errors import ProbecacheError
+from probecache.errors import ProbecacheError, UsageError
 from probecache.terminal import (
     print_cache,
     print_plan,
@@ -24,15 +25,13 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="probecache",
-    help="Run a language model once, cache its activations, fit and validate probes in seconds.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_ERROR = 2
+_REFUSED, _INTERRUPTED = 2, 130
 
 # ---------------------------------------------------------------- options that commands share
 
@@ -117,6 +116,26 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stder
 
 
 # ---------------------------------------------------------------- commands
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"probecache {version('probecache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Run a language model once, cache its activations, fit and validate probes in seconds."""
 
 
 @app.command()
@@ -384,15 +403,50 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 2 refused or failed with one line on stderr, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(words: list[str]) -> int:
     try:
-        app(arguments, prog_name="probecache")
+        _require_text(words)
+        code = app(words or ["--help"], prog_name="probecache", standalone_mode=False)
     except ProbecacheError as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(_ERROR)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        return _refuse(str(error))
     except OSError as error:  # a name too long, a disk that fails: nothing a module foresaw
-        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        sys.exit(_ERROR)
+        return _refuse(
+            f"expected to read or write {error.filename or 'a file'}, got: "
+            f"{error.strerror or error}; check the path and the disk"
+        )
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        # Typer's own, of whichever package it brings its errors from.
+        message = error.format_message().rstrip(".")
+        return _refuse(f"{message}. See probecache {_command(words)}--help")
+    if code == _INTERRUPTED:
+        print("interrupted: what was not finished is not kept", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return _REFUSED
+
+
+def _command(words: list[str]) -> str:
+    return "" if words[0].startswith("-") else f"{words[0]} "
+
+
+def _require_text(words: list[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"expected arguments in UTF-8, got {word!r}; rename the file or set LANG=C.UTF-8"
+            ) from error
+        if "\0" in word:
+            raise UsageError(f"expected arguments without NUL bytes, got {word!r}")

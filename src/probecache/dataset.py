@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "load_dataset", "parse_records"]
 
+IN_MEMORY = "records in memory"
 TESTING, DEPLOYMENT = "testing", "deployment"
 
 _PAIR_ANSWERS = (("positive", "negative"), ("test", "deploy"))
@@ -82,7 +83,7 @@ def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
         DataError: the file or one of its rows is not as the module's docstring says.
     """
     if not isinstance(data, (str, Path)):
-        return parse_records(enumerate(data, start=1), source="records in memory")
+        return parse_records(enumerate(data, start=1), source=IN_MEMORY)
     path = Path(data)
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -262,7 +263,8 @@ def _only_one(record: dict[str, Any], names: Sequence[str], where: str) -> str:
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected messages to be a list of turns, got {_kind(value)}")
+        got = "an empty one" if value == [] else _kind(value)
+        raise DataError(f"{where}: expected messages to be a list of turns, got {got}")
     turns = []
     for number, turn in enumerate(value, start=1):
         inside = f"{where}, message {number}"

@@ -40,7 +40,7 @@ __all__ = [
     "ShapeError",
     "StoreError",
     "UsageError",
-    "first_line",
+    "one_line",
 ]
 
 
@@ -116,7 +116,7 @@ class NoDirectionError(FitError):
     """The classes' means are equal, so no direction leads from one to the other."""
 
 
-def first_line(error: BaseException) -> str:
-    """What a foreign error says, cut to one line that fits into one of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What a foreign error says, on one line that fits into one of ours."""
+    words = " ".join(str(error).split())
+    return words[:300] if words else type(error).__name__

@@ -6,6 +6,7 @@ cache; for scoring a cache with vectors those that decide what a direction means
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def require_same(
     *,
     what: str,
     allowed: Collection[str] = (),
+    layers: Collection[int] | None = None,
+    remedy: str | None = None,
 ) -> None:
     """Raise unless two identities agree in the compared fields.
 
@@ -52,6 +55,8 @@ def require_same(
         expected, found: `weights` are compared on the layers that both know.
         what: who is compared, for the message: "cache and vectors".
         allowed: fields that may differ, as named by --allow-mismatch.
+        layers: the only ones on which weights are compared; None: all.
+        remedy: what to do about a difference; None: make both alike, or --allow-mismatch.
 
     Raises:
         MismatchError: shows every field that differs.
@@ -66,28 +71,38 @@ def require_same(
         f"{name}: expected {_short(a)}, got {_short(b)}"
         for name in compared
         if name not in allowed
-        for a, b in [_values(expected, found, name)]
+        for a, b in [_values(expected, found, name, layers)]
         if a != b
     ]
     if differences:
         names = " ".join(f"--allow-mismatch {line.split(':')[0]}" for line in differences)
+        remedy = remedy or f"make both with the same model and options, or allow it with {names}"
         raise MismatchError(
             f"{what} do not belong together: {'; '.join(differences)} "
-            f"(model {expected.model} against {found.model}); make both with the same model and "
-            f"options, or allow it with {names}"
+            f"(model {expected.model} against {found.model}); {remedy}"
         )
 
 
-def _values(expected: Identity, found: Identity, name: str) -> tuple[Any, Any]:
+def _values(
+    expected: Identity, found: Identity, name: str, layers: Collection[int] | None
+) -> tuple[Any, Any]:
     a, b = getattr(expected, name), getattr(found, name)
     if name == "weights":
-        shared = sorted(a.keys() & b.keys())
-        return {k: a[k] for k in shared}, {k: b[k] for k in shared}
+        shared = sorted(k for k in a.keys() & b.keys() if layers is None or k in layers)
+        differing = [k for k in shared if a[k] != b[k]]
+        return {k: a[k] for k in differing}, {k: b[k] for k in differing}
     return a, b
 
 
 def _short(value: Any) -> str:
+    """A value as it may stand in a message; of a hash its beginning."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {str(v)[:10]}" for k, v in value.items()) + "}"
+        shown = [f"{k}: {_short(v)}" for k, v in list(value.items())[:4]]
+        more = [f"and {len(value) - 4} more"] if len(value) > 4 else []
+        return "{" + ", ".join([*shown, *more]) + "}"
+    if isinstance(value, str):
+        value = str(value)  # of a StrEnum the word, not the member
+        if re.fullmatch(r"[0-9a-f]{64}", value):
+            return f"content {value[:8]}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
 
 from probecache.errors import LayerError, UsageError
 
@@ -23,8 +25,10 @@ def parse_layers(text: str | int | Sequence[int], num_hidden_layers: int) -> tup
         LayerError: a layer that the model does not have; names the range.
         UsageError: text of another form.
     """
-    numbers = [text] if isinstance(text, int) else text
-    parts = numbers.split(",") if isinstance(numbers, str) else list(map(str, numbers))
+    if isinstance(text, str):
+        parts = text.split(",")
+    else:
+        parts = [_digits(n) for n in (text if isinstance(text, Iterable) else [text])]
     layers: set[int] = set()
     for part in map(str.strip, parts):
         layers.update(_expand(part, num_hidden_layers))
@@ -44,6 +48,13 @@ def format_layers(layers: Sequence[int]) -> str:
     return ",".join(
         f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
     )
+
+
+def _digits(number: object) -> str:
+    """A layer given as a number, of Python or of NumPy."""
+    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+        raise UsageError(f"expected layers as whole numbers, got {number!r}")
+    return str(index(number))
 
 
 def _expand(part: str, num_hidden_layers: int) -> Sequence[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from probecache.atomic import disk_errors_named, write_bytes
-from probecache.errors import DataError, OutputError, UsageError, first_line
+from probecache.errors import DataError, OutputError, UsageError, one_line
 from probecache.store.layout import encode_json
 
 __all__ = ["make_validation"]
@@ -106,7 +106,7 @@ def _local_rows(path: Path) -> list[Any]:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"expected JSON records in {path}, got: {first_line(error)}") from error
+        raise DataError(f"expected JSON records in {path}, got: {one_line(error)}") from error
     if not isinstance(rows, list):
         raise DataError(f"expected a JSON array in {path}, got {type(rows).__name__}")
     return rows
@@ -127,6 +127,6 @@ def _hub_rows(name: str) -> list[Any]:
         return list(load_dataset(name, configuration, split=split))
     except Exception as error:  # the client raises many kinds
         raise DataError(
-            f"expected the data set {name} on the hub, got: {first_line(error)}; "
+            f"expected the data set {name} on the hub, got: {one_line(error)}; "
             "name local files with --testing and --deployment"
         ) from error

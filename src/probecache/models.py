@@ -29,7 +29,7 @@ from probecache.checkpoint import (
     stored_tensors,
     weight_files,
 )
-from probecache.errors import ModelError, UsageError, first_line
+from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
 from probecache.prompts import TokenizerFacts
 from probecache.types import Dtype
@@ -178,7 +178,7 @@ class ModelSource:
             )
         except Exception as error:  # transformers raises many kinds for a missing tokenizer
             raise ModelError(
-                f"expected a tokenizer in {self.options.model}, got: {first_line(error)}"
+                f"expected a tokenizer in {self.options.model}, got: {one_line(error)}"
             ) from error
         return tokenizer
 
@@ -208,10 +208,11 @@ class ModelSource:
                 f"{self.architecture}; these are not supported"
             )
         for name in ("num_hidden_layers", "hidden_size"):
-            if not isinstance(getattr(self.text_config, name, None), int):
+            size = getattr(self.text_config, name, None)
+            if not isinstance(size, int) or size < 1:
                 raise ModelError(
-                    f"expected the config of {self.options.model} to state {name}, got none; "
-                    f"the architecture {self.architecture} is not supported"
+                    f"expected the config of {self.options.model} to state {name}, got {size!r}; "
+                    f"the config is damaged, or the architecture {self.architecture} not supported"
                 )
 
     def check_weights(self) -> None:
@@ -302,7 +303,7 @@ class ModelSource:
         except Exception as error:  # transformers raises many kinds for a config of no use
             raise ModelError(
                 f"expected the config of {self.options.model} to describe a model, got: "
-                f"{first_line(error)}; the architecture {self.architecture} is not supported"
+                f"{one_line(error)}; the architecture {self.architecture} is not supported"
             ) from error
 
     def _naming(self) -> Naming:
@@ -341,21 +342,26 @@ class ModelSource:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named and refused below
             )
             if device_map is None:
                 model.to(device)
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"expected room for the weights on {device}, got: {first_line(error)}; ask for "
+                f"expected room for the weights on {device}, got: {one_line(error)}; ask for "
                 "fewer layers or pass --device-map auto"
             ) from error
         except Exception as error:  # transformers raises many kinds; none should end in a traceback
             raise ModelError(
-                f"expected to load {self.options.model}, got: {first_line(error)}"
+                f"expected to load {self.options.model}, got: {one_line(error)}"
             ) from error
         self._check_loaded(report)
         self._apply_adapter(model)
         return LoadedModel(model.eval(), max(depth, 1))
+
+    def check_device(self) -> None:
+        """Raise ModelError unless the device is there."""
+        self._device()
 
     def _device(self) -> torch.device:
         import torch
@@ -371,7 +377,7 @@ class ModelSource:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ModelError(
-                f"expected the device {name} to be there, got: {first_line(error)}; pass --device"
+                f"expected the device {name} to be there, got: {one_line(error)}; pass --device"
             ) from error
         return device
 
@@ -429,7 +435,7 @@ def _read_config(folder: Path, name: str) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a folder that is no model
         raise ModelError(
-            f"expected a Hugging Face model at {name}, got: {first_line(error)}"
+            f"expected a Hugging Face model at {name}, got: {one_line(error)}"
         ) from error
 
 

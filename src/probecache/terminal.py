@@ -20,7 +20,8 @@ def print_cache(cache: Cache) -> None:
     timing = cache.info.timing
     size = sum(record.bytes for record in cache.info.files.values())
     print(
-        f"{cache.path} holds {cache.info.num_examples} examples x {len(cache.layers)} layers, "
+        f"{cache.path} holds {_count(cache.info.num_examples, 'example')} x "
+        f"{_count(len(cache.layers), 'layer')}, "
         f"{_bytes(size)}\n"
         f"  load {timing['load_s']:.1f} s, extract {timing['extract_s']:.1f} s, "
         f"write {timing['write_s']:.1f} s, peak memory {_bytes(int(timing['peak_memory']))}"
@@ -71,7 +72,7 @@ def print_vectors(vectors: SavedVectors) -> None:
     """A finished run: a line per layer."""
     info = vectors.info
     print(
-        f"Trained {info.method} at {len(info.layers)} layers: a higher score means "
+        f"Trained {info.method} at {_count(len(info.layers), 'layer')}: a higher score means "
         f"{info.positive_class} (against {info.negative_class})"
     )
     print(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
@@ -105,6 +106,10 @@ def print_validation(result: Validation) -> None:
     for name in ("summary.json", "report.html"):
         if result.path / name in result.files:
             print(f"  {result.path / name}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _bytes(count: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from probecache.errors import StoreError
 from probecache.store.layout import LAYER_INFO
-from probecache.store.reader import Cache, open_cache
+from probecache.store.reader import Cache, open_cache, what_is_at
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import Identity
 
@@ -26,7 +26,7 @@ def describe(path: Path) -> list[str]:
     else:
         raise StoreError(
             f"expected a cache or a run at {path}, got "
-            f"{'a folder without their manifests' if path.is_dir() else 'nothing there'}; "
+            f"{'a folder without their manifests' if path.is_dir() else what_is_at(path)}; "
             "name a folder made by probecache extract or train"
         )
     return [f"{name:<17} {_printable(value)}" for name, value in lines]

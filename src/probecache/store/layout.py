@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -33,6 +34,7 @@ __all__ = [
     "activations_path",
     "class_prefixes",
     "encode_json",
+    "extended_manifest_bytes",
 ]
 
 METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
@@ -273,3 +275,8 @@ class Blueprint:
                 for name, (shape, dtype) in self.files().items()
             },
         )
+
+
+def extended_manifest_bytes(added: Blueprint, layers: Iterable[int], identity: Identity) -> int:
+    """Exact bytes of layer_info.json once a cache holds `layers`, those of `added` among them."""
+    return replace(added, layers=tuple(sorted(layers))).manifest_bytes(identity)

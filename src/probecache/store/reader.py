@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from probecache.types import Identity
 
-__all__ = ["Cache", "open_cache", "read_manifest"]
+__all__ = ["Cache", "open_cache", "read_manifest", "what_is_at"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Rows are turned into float32 this many bytes at a time, whatever the cache's size.
@@ -156,7 +156,7 @@ class Cache:
             "--model": identity.model,
             "--revision": identity.revision,
             "--adapter": "ADAPTER" if identity.adapter else None,  # only its hash is kept
-            "--data": info.data_source,
+            "--data": info.data_source.replace("records in memory", "DATA"),
             "--layers": layer,
             "--output": str(self.path),
             "--dtype": str(info.dtype),
@@ -195,7 +195,9 @@ def open_cache(path: str | Path) -> Cache:
     """
     path = Path(path)
     if not path.is_dir():
-        raise StoreError(f"expected a cache folder at {path}, got nothing there; check --cache")
+        raise StoreError(
+            f"expected a cache folder at {path}, got {what_is_at(path)}; check --cache"
+        )
     if not (path / LAYER_INFO).is_file():
         raise StoreError(
             f"expected {LAYER_INFO} in {path}, got none: not a cache, or one whose extraction did "
@@ -207,6 +209,11 @@ def open_cache(path: str | Path) -> Cache:
             raise StoreError(f"expected only declared files in {path / LAYER_INFO}, got {name!r}")
         map_raw(path / name, record)
     return cache
+
+
+def what_is_at(path: Path) -> str:
+    """What is there in place of a folder, in words."""
+    return "a file" if path.exists() else "nothing there"
 
 
 def _declared(info: LayerInfo) -> set[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,8 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from probecache.atomic import commit_folder, disk_errors_named, sha256_of_file, temporary_sibling
-from probecache.errors import OutputError, StoreError
+from probecache.atomic import (
+    disk_errors_named,
+    flush_folder,
+    rename_free,
+    sha256_of_file,
+    temporary_sibling,
+)
+from probecache.errors import StoreError
 from probecache.store.layout import encode_json
 from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
@@ -161,10 +168,8 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
     Returns:
         The run's folder.
     """
-    if not Path(output).name:
-        raise OutputError(f"expected --output to name a run, got {str(output)!r}")
-    final = _free_name(Path(output))
-    with disk_errors_named(final), temporary_sibling(final) as folder:
+    output = Path(output)
+    with disk_errors_named(output), temporary_sibling(output) as folder:
         for name, normalized in (("vectors", False), ("normalized_vectors", True)):
             _save_vectors(folder / name, layers, about, normalized)
         info = read_manifest(folder / "normalized_vectors" / _MANIFEST, VectorsInfo)
@@ -172,17 +177,12 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
         (folder / "run.json").write_bytes(
             encode_json({"format": "probecache-run", "format_version": 1, **summary})
         )
-        commit_folder(folder, final)
-    return final
-
-
-def _free_name(output: Path) -> Path:
-    """The first whole second whose name is free: two runs within one second get two names."""
-    while True:
-        final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
-        if not final.exists():
-            return final
-        time.sleep(0.1)
+        flush_folder(folder)
+        while True:
+            final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
+            if not os.path.lexists(final) and rename_free(folder, final):
+                return final
+            time.sleep(0.1)  # two runs within one second get two names
 
 
 def _save_vectors(

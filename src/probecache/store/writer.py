@@ -16,7 +16,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, BinaryIO
 from probecache.atomic import (
     commit_folder,
     disk_errors_named,
+    real_path,
     sha256_of_file,
-    sync_folder,
     temporary_sibling,
     write_bytes,
 )
+from probecache.errors import OutputError
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
@@ -37,7 +38,9 @@ from probecache.store.layout import (
     LayerInfo,
     activations_path,
     encode_json,
+    extended_manifest_bytes,
 )
+from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import lay_down
 
 if TYPE_CHECKING:
@@ -130,7 +133,7 @@ class CacheWriter:
         if self.extends is None:
             self._commit_new(info, identity)
             return info
-        return self._commit_layers(info, self.extends)
+        return self._commit_layers(info)
 
     def close(self) -> None:
         """Close the files; what was written stays in the temporary folder."""
@@ -164,22 +167,53 @@ class CacheWriter:
         (self.folder / LAYER_INFO).write_bytes(padded)
         commit_folder(self.folder, self.final)
 
-    def _commit_layers(self, new: LayerInfo, old: LayerInfo) -> LayerInfo:
+    def _commit_layers(self, new: LayerInfo) -> LayerInfo:
+        # Another run may have added layers since this one began.
+        old = read_manifest(self.final / LAYER_INFO, LayerInfo)
+        if twice := sorted({*old.layers} & {*new.layers}):
+            raise OutputError(
+                f"expected to add layers {new.layers} to {self.final}, but another run has added "
+                f"{twice} meanwhile; run the command again to add what is still missing"
+            )
         for layer in new.layers:
             target = self.final / f"layer_{layer}"
-            # A folder that the manifest does not name is what a killed run left behind.
-            shutil.rmtree(target, ignore_errors=True)
+            _remove_leftover(target)
             commit_folder(self.folder / f"layer_{layer}", target)
         merged = new.model_copy(
             update={
                 "layers": sorted({*old.layers, *new.layers}),
                 "files": {**old.files, **new.files},
                 "non_finite": {**old.non_finite, **new.non_finite},
+                "identity": replace(
+                    new.identity, weights={**old.identity.weights, **new.identity.weights}
+                ),
             }
         )
-        write_bytes(self.final / LAYER_INFO, encode_json(merged.model_dump(mode="json")))
-        sync_folder(self.final)
+        content = encode_json(merged.model_dump(mode="json"))
+        size = extended_manifest_bytes(self.blueprint, merged.layers, merged.identity)
+        write_bytes(self.final / LAYER_INFO, content.ljust(size))
         return merged
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove what a killed run left behind: a layer's folder that the manifest does not name.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    if not os.path.lexists(folder):
+        return
+    foreign = (
+        sorted(path.name for path in folder.iterdir() if not path.name.endswith("_activations.pt"))
+        if folder.is_dir() and not folder.is_symlink()
+        else [folder.name]
+    )
+    if foreign:
+        raise OutputError(
+            f"expected {folder} to be free for new rows, but it holds {foreign[0]}, which is not "
+            "of this cache; move it"
+        )
+    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -196,6 +230,7 @@ def open_writer(
     Raises:
         OutputError: no room or no permission.
     """
+    final = real_path(final)
     with disk_errors_named(final), temporary_sibling(final) as folder:
         writer = CacheWriter(folder, final, blueprint, extends)
         try:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probecache.atomic import free_bytes
+from probecache.atomic import free_bytes, real_path, require_place
 from probecache.dataset import Dataset, load_dataset
 from probecache.engine import ResidentEngine
 from probecache.errors import NonFiniteError, OutputError
@@ -45,6 +45,7 @@ from probecache.store.layout import (
     ClassRecord,
     ExampleRecord,
     class_prefixes,
+    extended_manifest_bytes,
 )
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer
@@ -190,6 +191,7 @@ def extract(
     request: ExtractRequest,
     output: str | Path,
     announce: Callable[[Plan], None] | None = None,
+    accept: Callable[[Identity, Sequence[str]], None] | None = None,
 ) -> Cache:
     """Run the model over the data and write the cache, or add the missing layers to one.
 
@@ -197,6 +199,8 @@ def extract(
         request: what to extract.
         output: the cache's folder: nothing, an empty folder, or a cache of the same identity.
         announce: told the plan before any weight is read.
+        accept: told identity and classes before the model is loaded; raises to refuse them. It is
+            asked twice: before anything of the weights is looked at, and when they are known.
 
     Returns:
         The finished cache, opened.
@@ -209,22 +213,25 @@ def extract(
     existing = _existing_cache(output)
     prepared = prepare(request)
     blueprint = _missing(prepared.blueprint, existing)
-    identity = _with_weights(prepared, existing)
-    if existing is not None:
-        _require_same_cache(existing, identity)
     planned = _plan(prepared, existing, blueprint, output)
+    _require_all(prepared.identity, prepared, existing, accept)
+    if blueprint.layers:
+        require_place(real_path(output))
+        _require_room(planned)
+        prepared.source.check_device()
     if announce is not None:
         announce(planned)
+    identity = _with_weights(prepared, existing)
+    _require_all(identity, prepared, existing, accept)
     if not blueprint.layers:
         return open_cache(output)
-    _require_room(planned)
 
     started = time.perf_counter()
     model = prepared.source.load(max(blueprint.layers))
     load_seconds = time.perf_counter() - started
     identity = replace(identity, attention=model.attention)
     if existing is not None:
-        require_same(existing.identity, identity, EXTENDING, what=f"Cache {output} and this run")
+        _require_same_cache(existing, identity)
     budget = request.batch_tokens or _TOKEN_BUDGET.get(model.input_device.type, 16384)
     engine = ResidentEngine(model)
     check_engine(engine, model, prepared.prompts, blueprint.layers, prepared.source.dtype, budget)
@@ -297,9 +304,14 @@ def _missing(blueprint: Blueprint, existing: Cache | None) -> Blueprint:
 
 
 def _bytes_to_write(blueprint: Blueprint, identity: Identity, existing: Cache | None) -> int:
-    if existing is not None:
-        return blueprint.bytes_per_layer * len(blueprint.layers)
-    return blueprint.total_bytes(identity)
+    if existing is None:
+        return blueprint.total_bytes(identity)
+    if not blueprint.layers:
+        return 0
+    layers = (*existing.layers, *blueprint.layers)
+    before = (existing.path / LAYER_INFO).stat().st_size
+    manifest = extended_manifest_bytes(blueprint, layers, identity) - before
+    return blueprint.bytes_per_layer * len(blueprint.layers) + manifest
 
 
 def _kept_tokens(prepared: Preparation) -> np.ndarray:
@@ -325,10 +337,28 @@ def _existing_cache(output: Path) -> Cache | None:
     return None
 
 
+def _require_all(
+    identity: Identity,
+    prepared: Preparation,
+    existing: Cache | None,
+    accept: Callable[[Identity, Sequence[str]], None] | None,
+) -> None:
+    """Ask everyone who may refuse these numbers before they are made."""
+    if existing is not None:
+        # Attention is known only once the model is loaded; all else is compared before that.
+        _require_same_cache(existing, replace(identity, attention=existing.identity.attention))
+    if accept is not None:
+        accept(identity, prepared.dataset.labels)
+
+
 def _require_same_cache(existing: Cache, identity: Identity) -> None:
-    # Attention is known only once the model is loaded; everything else is compared before that.
-    known = replace(identity, attention=existing.identity.attention)
-    require_same(existing.identity, known, EXTENDING, what=f"Cache {existing.path} and this run")
+    require_same(
+        existing.identity,
+        identity,
+        EXTENDING,
+        what=f"Cache {existing.path} and this run",
+        remedy="ask for the same again, or extract into another --output",
+    )
 
 
 def _require_room(planned: Plan) -> None:

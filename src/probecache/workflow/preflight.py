@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probecache.engine import is_out_of_memory, no_room
-from probecache.errors import ModelError, PreflightError, ProbecacheError, first_line
+from probecache.errors import ModelError, PreflightError, ProbecacheError, one_line
 from probecache.plan import plan_batches
 from probecache.types import Dtype, TokenizedPrompt
 
@@ -133,7 +133,7 @@ def _unsupported(model: LoadedModel, error: Exception) -> ModelError:
         return error
     return ModelError(
         f"expected {type(model.model).__name__} to run on token ids alone and to hand out its "
-        f"hidden states, got: {first_line(error)}; this architecture is not supported"
+        f"hidden states, got: {one_line(error)}; this architecture is not supported"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probecache.atomic import sha256_of_file
+from probecache.atomic import require_place, sha256_of_file
 from probecache.errors import (
     EmptyClassError,
     FitError,
@@ -23,12 +23,12 @@ from probecache.store.vectors import SavedVectors, load_vectors, save_run
 from probecache.types import DEFAULT_POSITIVE_CLASS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from probecache.probe import Probe
     from probecache.store.reader import Cache
 
-__all__ = ["train"]
+__all__ = ["require_class", "train"]
 
 _METHOD = "difference of means"
 
@@ -64,11 +64,8 @@ def train(
         raise UsageError("expected at least one layer to train on, got none")
     for layer in chosen:
         cache.require_layer(layer)
-    if positive_class not in cache.classes:
-        raise EmptyClassError(
-            f"expected examples of the positive class {positive_class!r} in {cache.path}, got "
-            f"the classes {', '.join(cache.classes)}; name one with --positive-class"
-        )
+    require_class(positive_class, cache.classes, str(cache.path))
+    require_place(Path(output))
     probes, without = _fit_all(cache, chosen, positive_class, skip=layers is None)
     about = {
         "method": _METHOD,
@@ -82,6 +79,15 @@ def train(
     }
     run = save_run(output, probes, about)
     return load_vectors(run / "normalized_vectors")
+
+
+def require_class(positive_class: str, classes: Collection[str], where: str) -> None:
+    """Raise EmptyClassError unless there are examples of the positive class."""
+    if positive_class not in classes:
+        raise EmptyClassError(
+            f"expected examples of the positive class {positive_class!r} in {where}, got the "
+            f"classes {', '.join(classes)}; name one with --positive-class"
+        )
 
 
 def _fit_all(

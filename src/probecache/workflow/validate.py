@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probecache.atomic import commit_folder, disk_errors_named, temporary_sibling
+from probecache.atomic import (
+    commit_folder,
+    disk_errors_named,
+    real_path,
+    require_place,
+    temporary_sibling,
+)
 from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageError
 from probecache.identity import SCORING, require_same
 from probecache.layers import format_layers
@@ -33,8 +39,17 @@ if TYPE_CHECKING:
     from probecache.metrics import AurocEstimate
     from probecache.store.reader import Cache
     from probecache.store.vectors import SavedVectors
+    from probecache.types import Identity
 
-__all__ = ["LayerResult", "Validation", "require_data", "validate"]
+__all__ = [
+    "LayerResult",
+    "Validation",
+    "choose_layers",
+    "require_data",
+    "require_output",
+    "require_scorable",
+    "validate",
+]
 
 _FORMAT = "probecache-validation"
 _OURS = re.compile(
@@ -55,11 +70,14 @@ class LayerResult:
     threshold: float
     accuracy: float
     scores: np.ndarray
+    is_positive: np.ndarray
 
     @property
-    def called_positive(self) -> float:
-        """Share of the examples that lie above the threshold."""
-        return float(np.mean(self.scores > self.threshold))
+    def one_sided(self) -> bool:
+        """Whether nearly all examples of both classes lie on one side of the threshold."""
+        above = self.scores > self.threshold
+        shares = [float(np.mean(above[side])) for side in (self.is_positive, ~self.is_positive)]
+        return max(shares) < _ONE_SIDE or min(shares) > 1 - _ONE_SIDE
 
 
 @dataclass(frozen=True)
@@ -102,13 +120,20 @@ def validate(
         LayerNotCachedError, NonFiniteError, OutputError.
     """
     output = Path(output)
-    _require_replaceable(output)
-    chosen = _choose_layers(cache, vectors, layers)
-    _require_matching(cache, vectors, dataset, allow_mismatch)
+    require_output(output)
+    place = real_path(output)
+    chosen = choose_layers(vectors, layers)
+    for layer in chosen:
+        cache.require_layer(layer)
+    require_scorable(
+        *(vectors, cache.identity, cache.classes, f"cache {cache.path}", chosen, allow_mismatch)
+    )
+    if dataset is not None:
+        require_data(cache, dataset)
     is_positive = np.array(
         [record.label == vectors.info.positive_class for record in cache.examples]
     )
-    with disk_errors_named(output), temporary_sibling(output) as folder:
+    with disk_errors_named(output), temporary_sibling(place) as folder:
         results = []
         for layer in chosen:
             stats = _score(cache, vectors, layer)
@@ -125,7 +150,7 @@ def validate(
             from probecache.report import write_report
 
             write_report(folder)
-        _replace(folder, output)
+        _replace(folder, place)
     files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     positive = vectors.info.positive_class
     return Validation(output, tuple(results), best, tuple(warnings), positive, files)
@@ -134,9 +159,12 @@ def validate(
 # ---------------------------------------------------------------- do they belong together
 
 
-def _choose_layers(
-    cache: Cache, vectors: SavedVectors, layers: Sequence[int] | None
-) -> tuple[int, ...]:
+def choose_layers(vectors: SavedVectors, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to score, rising; None takes all of the vectors'.
+
+    Raises:
+        MismatchError: the vectors lack one.
+    """
     chosen = tuple(sorted(set(layers))) if layers is not None else vectors.layers
     if not chosen:
         raise UsageError("expected at least one layer to score, got none")
@@ -146,28 +174,37 @@ def _choose_layers(
                 f"expected vectors for layer {layer} in {vectors.path}, got those for layers "
                 f"{', '.join(map(str, vectors.layers))}; train it or leave it out of --layers"
             )
-        cache.require_layer(layer)
     return chosen
 
 
-def _require_matching(
-    cache: Cache, vectors: SavedVectors, dataset: Dataset | None, allowed: Collection[str]
+def require_scorable(
+    vectors: SavedVectors,
+    identity: Identity,
+    classes: Collection[str],
+    where: str,
+    layers: Collection[int],
+    allowed: Collection[str] = (),
 ) -> None:
-    what = f"Vectors {vectors.path} and cache {cache.path}"
-    if vectors.info.hidden_size != cache.hidden_size:
+    """Raise MismatchError unless vectors may score activations of this identity and these classes.
+
+    Args:
+        where: what is to be scored, for the message.
+        layers: those that will be scored.
+        allowed: identity fields that may differ.
+    """
+    what, info = f"Vectors {vectors.path} and {where}", vectors.info
+    if info.hidden_size != identity.hidden_size:
         raise MismatchError(
-            f"{what} do not belong together: hidden_size: expected {vectors.info.hidden_size}, "
-            f"got {cache.hidden_size} (model {vectors.info.identity.model} against "
-            f"{cache.identity.model}); make both with the same model"
+            f"{what} do not belong together: hidden_size: expected {info.hidden_size}, got "
+            f"{identity.hidden_size} (model {info.identity.model} against {identity.model}); make "
+            "both with the same model"
         )
-    require_same(vectors.info.identity, cache.identity, SCORING, what=what, allowed=allowed)
-    if vectors.info.positive_class not in cache.classes:
+    require_same(info.identity, identity, SCORING, what=what, allowed=allowed, layers=layers)
+    if info.positive_class not in classes:
         raise MismatchError(
-            f"expected examples of the vectors' positive class {vectors.info.positive_class!r} in "
-            f"{cache.path}, got the classes {', '.join(cache.classes)}; label the data alike"
+            f"expected examples of the vectors' positive class {info.positive_class!r} in {where}, "
+            f"got the classes {', '.join(classes)}; label the data alike"
         )
-    if dataset is not None:
-        require_data(cache, dataset)
 
 
 def require_data(cache: Cache, dataset: Dataset) -> None:
@@ -197,7 +234,9 @@ def _first_difference(cache: Cache, dataset: Dataset) -> str:
     return "the messages differ"
 
 
-def _require_replaceable(output: Path) -> None:
+def require_output(output: Path) -> None:
+    """Raise OutputError unless results can go there: a free place, or an earlier validation."""
+    require_place(real_path(output))
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
@@ -274,6 +313,7 @@ def _judge(
         threshold=threshold,
         accuracy=accuracy_at(scores, is_positive, threshold),
         scores=scores,
+        is_positive=is_positive,
     )
 
 
@@ -282,6 +322,11 @@ def _warnings(
 ) -> list[str]:
     """Plain words on what a reader of the table could miss."""
     found = []
+    if cache.identity.data == vectors.info.identity.data:
+        found.append(
+            "These are the very prompts that the vectors were trained on: the AUROC says how well "
+            "they were learnt, not how well it carries over. Score other prompts."
+        )
     reversed_ = [result.layer for result in results if result.auroc.high < 0.5]
     if reversed_:
         found.append(
@@ -293,7 +338,7 @@ def _warnings(
         found.append(
             f"Even at the best layer ({best.layer}) the interval of the AUROC reaches chance (0.5)."
         )
-    one_sided = [r.layer for r in results if not _ONE_SIDE < r.called_positive < 1 - _ONE_SIDE]
+    one_sided = [result.layer for result in results if result.one_sided]
     if one_sided:
         trained, scored = vectors.info.identity.positions, str(cache.info.positions)
         why = f" (trained on positions {trained}, scored on {scored})" if trained != scored else ""
