@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 from probecache.errors import OutputError, StoreError
 from probecache.report import write_report
-from probecache.report.plots import NEGATIVE, POSITIVE, panel_layers
+from probecache.report.classes import NEGATIVE, POSITIVE, VARIABLES, class_groups
+from probecache.report.plots import panel_layers
 from probecache.report.saved import read_validation, shown
 
 FIGURES = ["roc_curves", "auroc_by_layer", "score_distributions"]
@@ -52,6 +54,7 @@ def save(folder, layers=(2, 4), sizes=(12, 9), names=("deployment", "testing"), 
         "vectors": "run/normalized_vectors",
         "method": "difference of means",
         "num_examples": len(labels),
+        "normalized": True,
         "classes": {names[1]: sizes[1], names[0]: sizes[0]},
         "best_layer": max(rows, key=lambda row: row["auroc"])["layer"],
         "warnings": [],
@@ -117,6 +120,28 @@ class Page(HTMLParser):
 
     def attributes(self, *names):
         return [attrs[name] for _, attrs in self.tags for name in names if name in attrs]
+
+
+def drawn_texts(svg):
+    elements = ElementTree.parse(svg).getroot().iter()
+    return ["".join(e.itertext()).strip() for e in elements if e.tag.endswith("}text")]
+
+
+def with_classes(folder, classes, n_positive=12, **options):
+    """Like `save`, the negatives shared out among classes; `classes` maps name to size."""
+    save(folder, sizes=(n_positive, sum(classes.values())), **options)
+    names = [name for name, size in classes.items() for _ in range(size)]
+    for path in folder.glob("probe_stats_layer*.csv"):
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        others = [row for row in rows[1:] if row[2] == "testing"]
+        for row, name in zip(others, names, strict=True):
+            row[2] = name
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    sizes = {"deployment": n_positive, **classes}
+    edited(classes=sizes, negative_class=" + ".join(classes))(folder)
+    return folder
 
 
 def test_every_figure_and_the_page_are_written_and_nothing_else(tmp_path):
@@ -249,12 +274,24 @@ def test_hostile_text_stays_text_everywhere(tmp_path):
 def test_dollars_in_a_class_name_are_not_mathematics(tmp_path):
     folder = save(tmp_path / "v", names=("$x^2$", "$\\bad{"))
     write_report(folder)
-    svg = (folder / "visualizations" / "score_distributions.svg").read_text("utf-8")
-    texts = ["".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter()
-             if e.tag.endswith("}text")]  # fmt: skip
+    texts = drawn_texts(folder / "visualizations" / "score_distributions.svg")
     assert "$x^2$" in texts
     assert "$\\bad{" in texts
     assert "projection on the unit direction; higher = $x^2$" in texts
+
+
+@pytest.mark.parametrize(("normalized", "word"), [(True, "unit"), (False, "raw")])
+def test_figure_and_page_say_on_which_direction_the_scores_are_projected(
+    tmp_path, normalized, word
+):
+    folder = save(tmp_path / "v", normalized=normalized)
+    write_report(folder)
+    texts = drawn_texts(folder / "visualizations" / "score_distributions.svg")
+    assert f"projection on the {word} direction; higher = deployment" in texts
+    page = Page(folder).text
+    # The fact, the figure, and the figure as phones show it.
+    assert page.count(f"projection on the {word} direction") == 3
+    assert page.count("projection on the") == 3
 
 
 @pytest.mark.parametrize(
@@ -316,6 +353,103 @@ def test_each_class_has_one_colour_in_figure_and_page(tmp_path):
         assert f"--{name}: {colour}" in page
 
 
+def test_each_of_several_classes_has_its_histogram_its_colour_and_its_count(tmp_path):
+    classes = {"testing": 9, "casual talk": 8, "role play": 7, "code": 6, "translation": 5}
+    folder = with_classes(tmp_path / "v", classes, layers=[4])
+    groups = class_groups(read_validation(folder))
+    assert [group.label for group in groups] == [*classes, "deployment"]
+    assert len({group.colour for group in groups}) == 6
+    write_report(folder)
+    path = folder / "visualizations" / "score_distributions.svg"
+    drawing, page = path.read_text("utf-8"), (folder / "report.html").read_text("utf-8")
+    for group in groups:
+        # The outline of the histogram, the patch of the legend, its text; then the page's dot.
+        assert f"fill: none; stroke: {group.colour}" in drawing
+        assert f"fill: {group.colour}; stroke: {group.colour}" in drawing
+        assert f"{group.label} ({group.size})" in drawn_texts(path)
+        assert f'<span class="{group.style} dot"><bdi>{group.label}</bdi>' in page
+        assert f"stroke: var(--{group.style})" in page
+        assert f"stroke: {group.colour}" not in page
+        assert f"--{group.style}: {group.colour};" in page
+
+
+def test_the_smallest_of_many_classes_share_one_colour(tmp_path):
+    classes = {"a": 2, "b": 9, "c": 3, "d": 8, "e": 7, "f": 4, "g": 6}
+    folder = with_classes(tmp_path / "v", classes)
+    *own, others, positive = class_groups(read_validation(folder))
+    assert [group.label for group in own] == ["b", "d", "e", "g"]
+    assert (others.label, others.members, others.size) == ("3 other classes", {"a", "c", "f"}, 9)
+    assert positive.label == "deployment"
+    write_report(folder)
+    assert "3 other classes (9)" in drawn_texts(
+        folder / "visualizations" / "score_distributions.svg"
+    )
+    assert "e, g and 3 other classes, 12 and 39 prompts" in " ".join(
+        Page(folder).text.replace(" ,", ",").split()
+    )
+
+
+def test_the_dots_of_prompts_have_the_colours_of_their_classes(tmp_path):
+    classes = {"a": 2, "b": 2, "c": 2, "d": 2, "small": 1, "tiny": 1}
+    folder = with_classes(
+        tmp_path / "v", classes, n_positive=10, scores=lambda labels, layer: -np.arange(20.0)
+    )
+    write_report(folder)
+    highest, lowest = (folder / "report.html").read_text("utf-8").split("Lowest scores")
+    assert '<span class="dot positive"><bdi>deployment</bdi>' in highest
+    for name, style in (("tiny", "class-6"), ("small", "class-6"), ("d", "class-5")):
+        assert f'<span class="dot {style}"><bdi>{name}</bdi>' in lowest
+
+
+def test_two_classes_are_both_filled_and_named_without_counts(tmp_path):
+    folder = save(tmp_path / "v", layers=[4])
+    write_report(folder)
+    path = folder / "visualizations" / "score_distributions.svg"
+    drawing = path.read_text("utf-8")
+    assert {"testing", "deployment"} <= set(drawn_texts(path))
+    for colour in (POSITIVE, NEGATIVE):
+        assert f"fill: {colour}; opacity: 0.3" in drawing
+    assert not [c for c in VARIABLES if c in drawing and c not in (POSITIVE, NEGATIVE)]
+
+
+def contrast(one, other):
+    """The ratio of WCAG 2, from 1 to 21."""
+
+    def luminance(colour):
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_colours_of_classes_stand_out_from_the_page_light_and_dark(tmp_path):
+    folder = save(tmp_path / "v")
+    write_report(folder)
+    light, dark = (folder / "report.html").read_text("utf-8").split("@media (prefers-color")[:2]
+    for sheet in (light, dark):
+        colours = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", sheet))
+        for variable in VARIABLES.values():
+            name = variable.removeprefix("var(--").removesuffix(")")
+            assert contrast(colours[name], colours["surface"]) >= 3, name
+            assert contrast(colours[f"{name}-text"], colours["surface"]) >= 4.5, name
+
+
+def test_a_phone_gets_its_own_drawing_and_a_table_that_shows_that_it_scrolls(tmp_path):
+    folder = save(tmp_path / "v", layers=range(5))
+    files = write_report(folder)
+    assert not [path for path in files if "narrow" in path.name]
+    page = (folder / "report.html").read_text("utf-8")
+    narrow = page.split('<div class="narrow">')[1].split("</svg>")[0]
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', narrow)[1])
+    # Set in the 338 px that a phone of 390 px leaves, text of 8.5 points is 9 px high or more.
+    assert 8.5 * 338 / width >= 9
+    assert narrow.count(">layer ") == 5
+    assert 'aria-labelledby="score_distributions-caption"' in narrow
+    assert '<div class="scroll" role="region"' in page
+
+
 def test_many_prompts_do_not_swell_the_curves(tmp_path):
     folder = save(tmp_path / "v", layers=[4], sizes=(4000, 4000))
     write_report(folder)
@@ -352,6 +486,16 @@ def edited(**changes):
     return damage
 
 
+def without(name):
+    def damage(folder):
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text())
+        del summary[name]
+        path.write_text(json.dumps(summary))
+
+    return damage
+
+
 def edited_layer(**changes):
     def damage(folder):
         path = folder / "summary.json"
@@ -380,6 +524,16 @@ DAMAGE = {
     "unknown best layer": (edited(best_layer=3), r"one of \[2, 4\], got 3"),
     "best layer of a wrong kind": (edited(best_layer=[2]), "malformed"),
     "class without a name": (edited(positive_class=None), "expected a text"),
+    "no word on normalisation": (without("normalized"), "expected 'normalized'"),
+    "normalisation of a wrong kind": (edited(normalized=1), "expected true or false, got 1"),
+    "classes that its scores deny": (
+        edited(classes={"deployment": 12, "testing": 8, "x": 1}),
+        "expected 8 rows of class 'testing' .* got 9",
+    ),
+    "a class that its scores lack": (
+        edited(classes={"deployment": 12, "testing": 9, "x": 1}),
+        "expected 1 rows of class 'x' .* got 0",
+    ),
     "warnings of a wrong kind": (edited(warnings=[1]), "expected a text, got 1"),
     "NaN": (edited_layer(auroc=float("nan")), "finite number, got nan"),
     "a text for a number": (edited_layer(auroc="0.9"), "finite number"),

@@ -16,7 +16,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from probecache.report.plots import MOST_PANELS, THEMED
+from probecache.report.classes import ClassGroup, class_groups
+from probecache.report.plots import MOST_PANELS, THEMED, draw_for_phones
 from probecache.report.saved import LayerResult, Validation, shown
 
 __all__ = ["render_page"]
@@ -42,7 +43,7 @@ class Prompt:
 
     score: str
     label: str
-    is_positive: bool
+    style: str
     question: str
 
 
@@ -57,15 +58,20 @@ def render_page(validation: Validation, figures: dict[str, bytes]) -> str:
     )
     environment.filters["shown"] = shown
     environment.filters["score"] = _score
-    highest, lowest = _extremes(validation)
+    groups = class_groups(validation)
+    highest, lowest = _extremes(validation, groups)
+    drawings = {name: data for name, data in figures.items() if name.endswith(".svg")}
+    drawings["score_distributions_narrow.svg"] = draw_for_phones(validation)
     return environment.get_template("report.html.j2").render(
         v=validation,
         best=validation.best,
+        positive=groups[-1],
+        others=groups[:-1],
         facts=_facts(validation),
         verdict=_verdict(validation.best),
         highest=highest,
         lowest=lowest,
-        figures={name: _inlined(name, data) for name, data in figures.items() if "svg" in name},
+        figures={name: _inlined(name, data) for name, data in drawings.items()},
         most_panels=MOST_PANELS,
         files=_files(validation, figures),
     )
@@ -97,9 +103,12 @@ def _score(value: float | None) -> str:
     return f"−{size}" if value < 0 else size
 
 
-def _extremes(validation: Validation) -> tuple[list[Prompt], list[Prompt]]:
+def _extremes(
+    validation: Validation, groups: list[ClassGroup]
+) -> tuple[list[Prompt], list[Prompt]]:
     """The best layer's highest and lowest scoring prompts; the two lists share none."""
     layer = validation.scores[validation.best_layer]
+    styles = {name: group.style for group in groups for name in group.members}
     order = np.argsort(layer.scores, kind="stable")
     count = min(MOST_PROMPTS, order.size // 2)
 
@@ -107,7 +116,7 @@ def _extremes(validation: Validation) -> tuple[list[Prompt], list[Prompt]]:
         return Prompt(
             score=_score(float(layer.scores[row])),
             label=shown(layer.classes[row], 28),
-            is_positive=bool(layer.is_positive[row]),
+            style=styles[layer.classes[row]],
             question=shown(layer.questions[row]) or "(empty)",
         )
 
@@ -125,15 +134,17 @@ def _inlined(name: str, data: bytes) -> Markup:
     """An SVG file's drawing as it may stand inside the page.
 
     The page's colours take the place of the figure's, so that it follows light and dark; ids get
-    the figure's name in front, since three figures share one page.
+    the figure's name in front, since several figures share one page. A narrow drawing is described
+    by the caption of the figure that it stands for.
     """
     stem = name.removesuffix(".svg")
+    caption = f"{stem.removesuffix('_narrow')}-caption"
     svg = data.decode("utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{stem}-caption"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-labelledby="{caption}"', 1)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{stem}-", svg)
     for colour, variable in THEMED.items():
         svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: {variable}", svg)

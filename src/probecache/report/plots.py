@@ -25,15 +25,15 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from probecache.metrics import roc_curve
+from probecache.report.classes import VARIABLES, ClassGroup, class_groups
 from probecache.report.saved import LayerResult, LayerScores, Validation, shown
 
-__all__ = ["THEMED", "draw_figures", "panel_layers"]
+__all__ = ["THEMED", "draw_figures", "draw_for_phones", "panel_layers"]
 
 Floats = NDArray[np.float64]
 
 INK, MUTED, GRID, SURFACE = "#20242b", "#68707c", "#e2e5ea", "#fefefe"
-# Okabe and Ito's vermilion and blue: apart in all common forms of colour blindness and in print.
-POSITIVE, NEGATIVE, ACCENT = "#d55e00", "#0072b2", "#5b4bb5"
+ACCENT = "#5b4bb5"
 # Violet, teal, amber: ordered from blue to yellow, and readable on white and on black alike.
 LAYERS = LinearSegmentedColormap.from_list("layers", ["#6a5acd", "#1b998b", "#d69a1e"], N=64)
 # What the report may recolour for a dark page.
@@ -42,9 +42,8 @@ THEMED = {
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
     SURFACE: "var(--surface)",
-    POSITIVE: "var(--positive)",
-    NEGATIVE: "var(--negative)",
     ACCENT: "var(--accent)",
+    **VARIABLES,
 }
 STYLE = {
     "axes.axisbelow": True,
@@ -100,6 +99,12 @@ def draw_figures(validation: Validation) -> dict[str, bytes]:
             for name, figure in figures.items()
             for kind in ("png", "svg")
         }
+
+
+def draw_for_phones(validation: Validation) -> bytes:
+    """The score distributions once more as SVG, readable at the width of a phone."""
+    with _style():
+        return _rendered(_score_distributions(validation, narrow=True), "svg")
 
 
 def panel_layers(layers: list[int], best: int, most: int = MOST_PANELS) -> list[int]:
@@ -284,34 +289,56 @@ def _chance_label(axes: Any) -> None:
 # Score distributions
 
 
-def _score_distributions(validation: Validation) -> Figure:
+def _score_distributions(validation: Validation, narrow: bool = False) -> Figure:
     layers = panel_layers(list(validation.results), validation.best_layer)
-    columns = min(3, len(layers))
-    rows = math.ceil(len(layers) / columns)
-    width, height = (5.2 if columns == 1 else 7.4), 1.15 + (2.9 if columns == 1 else 1.75) * rows
-    figure = _figure(width, height, (0.6, 0.15, 0.6, 0.8))
-    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"hspace": 0.55}).ravel()
+    groups = class_groups(validation)
+    columns = min(2 if narrow else 3, len(layers))
+    legend_columns = 1 if narrow else 2 if columns == 1 or len(groups) == 2 else 3
+    legend_rows = math.ceil(len(groups) / legend_columns)
+    figure, grid = _panels(len(layers), columns, legend_rows, narrow)
     for axes, layer in zip(grid, layers, strict=False):
-        _score_panel(axes, validation.results[layer], validation.scores[layer])
-        _panel_title(axes, validation.results[layer], layer == validation.best_layer)
+        _score_panel(axes, validation.results[layer], validation.scores[layer], groups)
+        _panel_title(axes, validation.results[layer], layer == validation.best_layer, narrow)
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
     for axes in grid[::columns]:
         axes.set_ylabel("prompts")
-    _class_legend(figure, validation)
-    label = f"projection on the unit direction; higher = {_name(validation.positive_class)}"
-    figure.text(0.5, 0.15 / height, label, ha="center", va="bottom")
+    _class_legend(figure, groups, legend_columns, narrow)
+    _score_label(figure, validation, narrow)
     return figure
 
 
-def _score_panel(axes: Any, result: LayerResult, layer: LayerScores) -> None:
+def _panels(count: int, columns: int, legend_rows: int, narrow: bool) -> tuple[Figure, Any]:
+    """A figure with room for the legend above and the label below, and its axes in a row.
+
+    A narrow figure breaks its heading and its label in two: a line more at either end.
+    """
+    rows = math.ceil(count / columns)
+    width = 4.0 if narrow else 5.2 if columns == 1 else 7.4
+    bottom, top = 0.6 + 0.17 * narrow, 0.8 + 0.17 * narrow + 0.2 * (legend_rows - 1)
+    height = bottom + top - 0.25 + (2.9 if columns == 1 else 1.75) * rows
+    sides = (0.5, 0.1) if narrow else (0.6, 0.15)
+    figure = _figure(width, height, (*sides, bottom, top))
+    spaces = {"hspace": 0.55, "wspace": 0.22 if narrow else 0.2}
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=spaces).ravel()
+
+
+def _score_label(figure: Figure, validation: Validation, narrow: bool) -> None:
+    joint = "\n" if narrow else "; "
+    label = f"{validation.score_meaning}{joint}higher = {_name(validation.positive_class)}"
+    figure.text(0.5, 0.15 / figure.get_size_inches()[1], label, ha="center", va="bottom")
+
+
+def _score_panel(
+    axes: Any, result: LayerResult, layer: LayerScores, groups: list[ClassGroup]
+) -> None:
     exponent = _exponent(layer.scores)
     scores = layer.scores / 10.0**exponent
-    edges = _bin_edges(scores, min(result.n_positive, result.n_negative))
-    for positive, colour in ((False, NEGATIVE), (True, POSITIVE)):
-        counts, _ = np.histogram(scores[layer.is_positive == positive], edges)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.3, linewidth=0)
-        axes.stairs(counts, edges, color=colour, linewidth=1.3)
+    edges = _bin_edges(scores, min(result.n_positive, max(g.size for g in groups[:-1])))
+    for group in groups:
+        members = np.array([name in group.members for name in layer.classes])
+        counts, _ = np.histogram(scores[members], edges)
+        _histogram(axes, counts, edges, group, groups)
     axes.set_xlim(edges[0], edges[-1])
     if result.threshold is not None:
         _threshold_line(axes, result.threshold / 10.0**exponent)
@@ -322,6 +349,18 @@ def _score_panel(axes: Any, result: LayerResult, layer: LayerScores) -> None:
     if exponent:
         axes.text(1, 1, f"× 1e{exponent}", transform=axes.transAxes, ha="right", va="top",
                   color=MUTED, fontsize=8)  # fmt: skip
+
+
+def _histogram(
+    axes: Any, counts: NDArray[Any], edges: Floats, group: ClassGroup, groups: list[ClassGroup]
+) -> None:
+    """An outline; filled too if two classes are drawn. The fills of more would mix to one grey."""
+    colour, two = group.colour, len(groups) == 2
+    if two or group is groups[-1]:
+        # Of several classes, the fill lies behind the others' outlines: it would tint them.
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.3, linewidth=0,
+                    zorder=1 if two else 0.9)  # fmt: skip
+    axes.stairs(counts, edges, color=colour, linewidth=1.3)
 
 
 def _exponent(scores: Floats) -> int:
@@ -354,21 +393,26 @@ def _threshold_line(axes: Any, threshold: float) -> None:
               ha="right" if side else "left", va="top")  # fmt: skip
 
 
-def _panel_title(axes: Any, result: LayerResult, best: bool) -> None:
+def _panel_title(axes: Any, result: LayerResult, best: bool, narrow: bool) -> None:
     title = f"layer {result.layer} · {result.auroc:.3f}" + (" · best" if best else "")
-    axes.set_title(title, fontsize=9.5, fontweight="bold" if best else "normal", pad=4)
+    size, weight = 8.5 if narrow else 9.5, "bold" if best else "normal"
+    axes.set_title(title, fontsize=size, fontweight=weight, pad=4)
 
 
-def _class_legend(figure: Figure, validation: Validation) -> None:
+def _class_legend(figure: Figure, groups: list[ClassGroup], columns: int, narrow: bool) -> None:
     width, height = figure.get_size_inches()
-    handles = [
-        Patch(color=NEGATIVE, label=_name(validation.negative_class)),
-        Patch(color=POSITIVE, label=_name(validation.positive_class)),
-    ]
-    figure.text(0.6 / width, 1 - 0.1 / height, "Scores by layer, with AUROC; dashed = training "
-                "threshold", va="top", fontsize=10)  # fmt: skip
-    figure.legend(handles=handles, loc="upper left", ncols=2, borderaxespad=0, borderpad=0,
-                  bbox_to_anchor=(0.6 / width, 1 - 0.33 / height))  # fmt: skip
+    left = (0.5 if narrow else 0.6) / width
+    handles = [Patch(color=group.colour, label=_legend_label(group, groups)) for group in groups]
+    joint = "\n" if narrow else " "
+    heading = f"Scores by layer, with AUROC;{joint}dashed = training threshold"
+    figure.text(left, 1 - 0.1 / height, heading, va="top", fontsize=10)
+    figure.legend(handles=handles, loc="upper left", ncols=columns, borderaxespad=0, borderpad=0,
+                  bbox_to_anchor=(left, 1 - (0.33 + 0.17 * narrow) / height))  # fmt: skip
+
+
+def _legend_label(group: ClassGroup, groups: list[ClassGroup]) -> str:
+    """Two classes are known by name; of several, how many prompts stand behind each matters."""
+    return _name(group.label) if len(groups) == 2 else f"{shown(group.label, 20)} ({group.size})"
 
 
 def _name(label: str) -> str:

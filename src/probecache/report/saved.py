@@ -1,7 +1,8 @@
 """Saved validation results, read back and checked.
 
-Guarantees: a `Validation` has finite numbers, scores for every layer that the summary lists, and
-an AUROC in the summary that its own scores reproduce; anything else is a StoreError of one line.
+Guarantees: a `Validation` has finite numbers, scores for every layer that the summary lists, of as
+many prompts of each class, and an AUROC in the summary that its own scores reproduce; anything else
+is a StoreError of one line.
 Does not check that the texts are sane: they may hold any character, and whoever shows them cleans
 them with `shown`.
 """
@@ -13,6 +14,7 @@ import json
 import math
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +78,9 @@ class LayerScores:
 class Validation:
     """A validation folder: what was run on what, and what came out.
 
-    `facts` maps each of `FACTS` to its text, or None where it does not apply. `results` and
-    `scores` hold the same layers, in ascending order.
+    `facts` maps each of `FACTS` to its text, or None where it does not apply. `normalized` says
+    that the scores are projections on unit vectors. `results` and `scores` hold the same layers,
+    in ascending order.
     """
 
     folder: Path
@@ -85,6 +88,7 @@ class Validation:
     negative_class: str
     facts: dict[str, str | None]
     class_sizes: dict[str, int]
+    normalized: bool
     warnings: tuple[str, ...]
     best_layer: int
     results: dict[int, LayerResult]
@@ -93,6 +97,11 @@ class Validation:
     @property
     def best(self) -> LayerResult:
         return self.results[self.best_layer]
+
+    @property
+    def score_meaning(self) -> str:
+        """What a score is, as the end of a sentence."""
+        return f"projection on the {'unit' if self.normalized else 'raw'} direction"
 
 
 def shown(text: str, limit: int = 240) -> str:
@@ -119,6 +128,7 @@ def read_validation(folder: Path) -> Validation:
         negative_class = _text(summary["negative_class"])
         facts = {name: _optional_text(summary.get(name)) for name in FACTS}
         sizes = {_text(name): _count(size) for name, size in summary["classes"].items()}
+        normalized = _flag(summary["normalized"])
         warnings = tuple(_text(warning) for warning in summary["warnings"])
     return Validation(
         folder=folder,
@@ -126,11 +136,13 @@ def read_validation(folder: Path) -> Validation:
         negative_class=negative_class,
         facts=facts,
         class_sizes=sizes,
+        normalized=normalized,
         warnings=warnings,
         best_layer=best_layer,
         results=results,
         scores={
-            n: _checked_scores(folder, result, positive_class) for n, result in results.items()
+            n: _checked_scores(folder, result, positive_class, sizes)
+            for n, result in results.items()
         },
     )
 
@@ -218,6 +230,12 @@ def _count(value: Any) -> int:
     return value
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {shown(repr(value), 60)}")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a text, got {shown(repr(value), 60)}")
@@ -234,11 +252,14 @@ def _member(layer: Any, results: dict[int, LayerResult]) -> int:
     return _count(layer)
 
 
-def _checked_scores(folder: Path, result: LayerResult, positive_class: str) -> LayerScores:
+def _checked_scores(
+    folder: Path, result: LayerResult, positive_class: str, sizes: dict[str, int]
+) -> LayerScores:
     path = folder / f"probe_stats_layer{result.layer}.csv"
     scores = _read_scores(path, positive_class)
     with _malformed(path):
         _check_against_summary(scores, result)
+        _check_classes(scores, sizes)
     return scores
 
 
@@ -300,3 +321,13 @@ def _check_against_summary(scores: LayerScores, result: LayerResult) -> None:
         raise ValueError(
             f"expected scores with the AUROC in summary.json, {result.auroc:.4f}, got {area:.4f}"
         )
+
+
+def _check_classes(scores: LayerScores, sizes: dict[str, int]) -> None:
+    found = Counter(scores.classes)
+    for name in {**sizes, **found}:
+        if found[name] != sizes.get(name, 0):
+            raise ValueError(
+                f"expected {sizes.get(name, 0)} rows of class {shown(repr(name), 60)} as in "
+                f"summary.json, got {found[name]}"
+            )
