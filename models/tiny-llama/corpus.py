@@ -234,7 +234,7 @@ class Corpus:
         """
         kinds = ("prompt", "question", "prose")
         for number in range(count):
-            kind = self.rng.choices(kinds, weights=(36, 60, 4))[0]
+            kind = self.rng.choices(kinds, weights=(48, 48, 4))[0]
             if kind == "prompt":
                 yield self.prompt_document()
             elif kind == "prose":
