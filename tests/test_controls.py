@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from probecache.controls import bag_of_words_auroc
-from probecache.errors import EmptyClassError, ShapeError
+from probecache.controls import bag_of_words_auroc, cross_validated_bag_of_words_auroc
+from probecache.errors import EmptyClassError, FitError, ShapeError
 
 WORDS = [
     "the",
@@ -128,6 +128,135 @@ def test_a_class_without_texts_is_named_with_its_set():
 def test_texts_and_labels_of_different_number_are_refused():
     with pytest.raises(ShapeError, match="3 texts and 2 labels"):
         bag_of_words_auroc(["a", "b", "c"], [True, False], ["a", "b"], [True, False])
+
+
+def test_cross_validation_finds_a_planted_word():
+    labels = balanced(60)
+    found = cross_validated_bag_of_words_auroc(
+        sentences(0, labels, "benchmark"), labels, range(len(labels))
+    )
+    assert found.auroc > 0.99
+    assert found.low > 0.7
+    assert (found.n_positive, found.n_negative) == (30, 30)
+
+
+def test_cross_validation_of_shuffled_labels_is_at_chance():
+    held = 0
+    for seed in range(10):
+        labels = np.random.default_rng(seed).permutation(balanced(60)).tolist()
+        found = cross_validated_bag_of_words_auroc(sentences(seed, labels), labels, range(60))
+        held += found.low < 0.5 < found.high
+    assert held >= 9
+
+
+def copies(of, times=4):
+    """Texts without a word in common, each several times: they are known only to who saw a copy."""
+    labels = [label for label in balanced(of) for _ in range(times)]
+    group = [i for i in range(of) for _ in range(times)]
+    return [f"word{i} rare{i}" for i in group], labels, group
+
+
+def test_copies_in_one_group_never_straddle():
+    texts, labels, group = copies(20)
+    leaking = cross_validated_bag_of_words_auroc(texts, labels, range(len(texts)))
+    assert leaking.auroc == 1.0
+    found = cross_validated_bag_of_words_auroc(texts, labels, group)
+    assert found.auroc == 0.5
+    assert (found.n_positive, found.n_negative) == (40, 40)
+
+
+def test_the_interval_counts_groups_rather_than_copies():
+    labels = balanced(40)
+    texts = [
+        f"{text} cue" if (i % 5 == 0) != label else text
+        for i, (text, label) in enumerate(zip(sentences(3, labels), labels, strict=True))
+    ]
+    once = cross_validated_bag_of_words_auroc(texts, labels, range(40))
+    assert 0.5 < once.auroc < 0.95
+    four = cross_validated_bag_of_words_auroc(
+        [t for t in texts for _ in range(4)], [p for p in labels for _ in range(4)],
+        [i for i in range(40) for _ in range(4)],
+    )  # fmt: skip
+    assert four.high - four.low > 0.7 * (once.high - once.low)
+    assert four.n_positive == 4 * once.n_positive
+
+
+def test_the_auroc_is_that_of_each_fold_weighted_by_its_pairs():
+    """Against scikit-learn's folds and the baseline for one training and one test set."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    labels = [i % 3 == 0 for i in range(50)]
+    texts, groups = sentences(5, labels), [i // 2 for i in range(50)]
+    won = pairs = 0
+    split = StratifiedGroupKFold(4, shuffle=True, random_state=0).split(texts, labels, groups)
+    for train, test in split:
+        pick = [[values[i] for i in rows] for rows in (train, test) for values in (texts, labels)]
+        fold = bag_of_words_auroc(*pick)
+        won += fold.auroc * fold.n_positive * fold.n_negative
+        pairs += fold.n_positive * fold.n_negative
+    found = cross_validated_bag_of_words_auroc(texts, labels, groups, folds=4)
+    assert found.auroc == pytest.approx(won / pairs)
+
+
+def test_equal_texts_in_unequal_groups_score_an_honest_half():
+    labels = [label for i in range(12) for label in [i % 2 == 0] * (1 + 3 * i)]
+    groups = [i for i in range(12) for _ in range(1 + 3 * i)]
+    found = cross_validated_bag_of_words_auroc(["same words"] * len(labels), labels, groups)
+    assert found.auroc == 0.5
+
+
+def test_folds_are_fewer_where_a_class_has_fewer_groups():
+    labels = [i < 2 for i in range(30)]
+    texts = ["a plain cue" if label else "a plain text" for label in labels]
+    found = cross_validated_bag_of_words_auroc(texts, labels, range(30))
+    assert found.auroc == 1.0
+    assert (found.n_positive, found.n_negative) == (2, 28)
+    # Two groups of a class say little, however many the other has.
+    assert found.low < 0.5
+
+
+def test_groups_may_be_named_by_anything_that_can_be_a_key():
+    labels = balanced(24)
+    texts = sentences(0, labels, "cue")
+    named = [("pair", i // 2) if i % 4 < 2 else f"pair {i // 2}" for i in range(24)]
+    numbered = [i // 2 for i in range(24)]
+    assert cross_validated_bag_of_words_auroc(
+        texts, labels, named
+    ) == cross_validated_bag_of_words_auroc(texts, labels, numbered)
+
+
+def test_swapped_classes_mirror_the_cross_validated_estimate():
+    labels = balanced(40)
+    texts = sentences(8, labels)
+    found = cross_validated_bag_of_words_auroc(texts, labels, range(40))
+    swapped = cross_validated_bag_of_words_auroc(texts, [not p for p in labels], range(40))
+    assert swapped.auroc == pytest.approx(found.auroc)
+    assert (swapped.low, swapped.high) == pytest.approx((found.low, found.high))
+
+
+def test_a_class_of_one_group_cannot_be_cross_validated():
+    labels = balanced(10)
+    with pytest.raises(EmptyClassError, match="got 1 positive and 5 negative"):
+        cross_validated_bag_of_words_auroc(
+            ["a"] * 10, labels, ["one" if p else i for i, p in enumerate(labels)]
+        )
+    with pytest.raises(EmptyClassError, match="10 positive and 0 negative"):
+        cross_validated_bag_of_words_auroc(["a"] * 10, [True] * 10, range(10))
+
+
+def test_groups_too_unequal_for_two_folds_of_both_classes_are_refused():
+    labels, groups = [False, False, True, True, False], [0, 0, 1, 2, 2]
+    with pytest.raises(EmptyClassError, match="got 3 of very unequal make-up"):
+        cross_validated_bag_of_words_auroc(["a"] * 5, labels, groups)
+
+
+def test_fewer_than_two_folds_and_missing_groups_are_refused():
+    with pytest.raises(FitError, match="at least 2 folds, got 1"):
+        cross_validated_bag_of_words_auroc(["a"] * 8, balanced(8), range(8), folds=1)
+    with pytest.raises(ShapeError, match="8 texts and 7 groups"):
+        cross_validated_bag_of_words_auroc(["a"] * 8, balanced(8), range(7))
+    with pytest.raises(ShapeError, match="8 texts and 6 labels"):
+        cross_validated_bag_of_words_auroc(["a"] * 8, balanced(6), range(8))
 
 
 def test_importing_the_module_does_not_import_scikit_learn():
