@@ -421,6 +421,16 @@ def test_a_model_folder_with_an_adapter_inside_is_refused(llama, tmp_path):
         extracted(mixed, tmp_path / "cache")
 
 
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(llama, tmp_path):
+    bent = copied(llama, tmp_path)
+    config = json.loads((bent / "config.json").read_text())
+    (bent / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    with pytest.raises(
+        ModelError, match=r"token ids below 50, .* its tokenizer is another model's"
+    ):
+        extracted(bent, tmp_path / "cache")
+
+
 # ---------------------------------------------------------------- devices
 
 

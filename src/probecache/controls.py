@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from probecache.errors import EmptyClassError, FitError, ShapeError
 from probecache.metrics import (
     AurocEstimate,
-    _logit_interval,
-    _normal_quantile,
-    _widest_interval,
     auroc,
+    logit_interval,
+    normal_quantile,
+    widest_interval,
 )
 
 __all__ = ["bag_of_words_auroc", "cross_validated_bag_of_words_auroc"]
@@ -227,12 +227,12 @@ def _auroc_within(
     # The regressions share training texts and so err together. Without Nadeau and Bengio's factor,
     # 83 to 90 of 100 intervals at nominal 95% held 0.5 when the labels were random.
     variance *= 1 + len(held_out) / (len(held_out) - 1)
-    z = _normal_quantile((1 + LEVEL) / 2)
+    z = normal_quantile((1 + LEVEL) / 2)
     if variance > NO_VARIANCE and 0 < area < 1:
-        low, high = _logit_interval(area, variance, z)
+        low, high = logit_interval(area, variance, z)
     else:
         fewest = min(_groups_of(positive, members), _groups_of(~positive, members))
-        low, high = _widest_interval(area, fewest, z, LEVEL)
+        low, high = widest_interval(area, fewest, z, LEVEL)
     n_positive = int(positive.sum())
     return AurocEstimate(area, low, high, n_positive, positive.size - n_positive, LEVEL)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probecache import api
-from probecache.controls import bag_of_words_auroc
+from probecache.controls import bag_of_words_auroc, cross_validated_bag_of_words_auroc
 from probecache.dataset import load_dataset
 from probecache.errors import OutputError
 from probecache.shipped import shipped
@@ -63,7 +63,7 @@ def run_demo(output: Path) -> Validation:
         output=folder / "validation",
         visualize=True,
     )
-    _print_result(result, _baseline(pairs, prompts))
+    _print_result(result, _baselines(pairs, prompts))
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at:")
     for what, path in (
         ("the report", result.path / "report.html"),
@@ -76,32 +76,47 @@ def run_demo(output: Path) -> Validation:
     return result
 
 
-def _baseline(pairs: Path, prompts: Path) -> AurocEstimate:
-    """What words alone achieve: trained on the pairs' texts, tested on the validation prompts."""
+def _baselines(pairs: Path, prompts: Path) -> dict[str, AurocEstimate]:
+    """What words alone achieve on the validation prompts, by what they were trained on."""
     train, test = load_dataset(pairs), load_dataset(prompts)
-    return bag_of_words_auroc(
-        [f"{e.question} {e.answer}" for e in train.examples],
-        [e.label == DEFAULT_POSITIVE_CLASS for e in train.examples],
-        [e.question for e in test.examples],
-        [e.label == DEFAULT_POSITIVE_CLASS for e in test.examples],
-    )
+    texts = [example.question for example in test.examples]
+    is_positive = [example.label == DEFAULT_POSITIVE_CLASS for example in test.examples]
+    return {
+        "the same pairs": bag_of_words_auroc(
+            [f"{example.question} {example.answer}" for example in train.examples],
+            [example.label == DEFAULT_POSITIVE_CLASS for example in train.examples],
+            texts,
+            is_positive,
+        ),
+        "these prompts, cross-validated": cross_validated_bag_of_words_auroc(
+            texts, is_positive, [example.group for example in test.examples]
+        ),
+    }
 
 
-def _print_result(result: Validation, words: AurocEstimate) -> None:
+def _print_result(result: Validation, words: dict[str, AurocEstimate]) -> None:
     print(f"{'layer':>6} {'AUROC':>7}  95% interval")
     for layer in result.layers:
         area, mark = layer.auroc, " <- best" if layer is result.best else ""
         bar = "#" * round(40 * max(area.auroc - 0.5, 0) / 0.5)
-        line = (
-            f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]  {bar}{mark}"
-        )
-        print(line.rstrip())
+        interval = f"[{area.low:.3f}, {area.high:.3f}]"
+        print(f"{layer.layer:>6} {area.auroc:>7.3f}  {interval}  {bar}{mark}".rstrip())
     best = result.best.auroc
     print(
-        f"\nBest layer {result.best.layer}: AUROC {best.auroc:.3f} [{best.low:.3f}, "
-        f"{best.high:.3f}] on {best.n_positive} {result.positive_class} and {best.n_negative} "
-        f"other prompts\nBag of words trained on the same pairs: AUROC {words.auroc:.3f} "
-        f"[{words.low:.3f}, {words.high:.3f}]"
+        f"\nBest layer {result.best.layer}: {_shown(best)} on {best.n_positive} "
+        f"{result.positive_class} and {best.n_negative} other prompts"
     )
+    for what, area in words.items():
+        print(f"Bag of words trained on {what}: {_shown(area)}")
+    rivals = [what for what, area in words.items() if area.high >= best.auroc]
+    if rivals:
+        print(
+            f"Note: A bag of words (trained on {rivals[0]}) does as well as the probe: these "
+            "prompts do not show that the model knows more than their words say."
+        )
     for warning in result.warnings:
         print(f"Note: {warning}")
+
+
+def _shown(area: AurocEstimate) -> str:
+    return f"AUROC {area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}]"

@@ -16,7 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from probecache.errors import EmptyClassError, FitError, ShapeError
 
-__all__ = ["AurocEstimate", "accuracy_at", "auroc", "roc_curve"]
+__all__ = [
+    "AurocEstimate",
+    "accuracy_at",
+    "auroc",
+    "logit_interval",
+    "normal_quantile",
+    "roc_curve",
+    "widest_interval",
+]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -98,11 +106,11 @@ def auroc(scores: ArrayLike, is_positive: ArrayLike, level: float = 0.95) -> Aur
     n_positive, n_negative = wins.size, losses.size
     area = _area(float(wins.sum()), n_positive * n_negative)
     variance = _delong_variance(wins / n_negative, 1 - losses / n_positive)
-    z = _normal_quantile((1 + level) / 2)
+    z = normal_quantile((1 + level) / 2)
     if variance > 0:
-        low, high = _logit_interval(area, variance, z)
+        low, high = logit_interval(area, variance, z)
     else:
-        low, high = _widest_interval(area, min(n_positive, n_negative), z, level)
+        low, high = widest_interval(area, min(n_positive, n_negative), z, level)
     return AurocEstimate(area, low, high, n_positive, n_negative, level)
 
 
@@ -198,7 +206,8 @@ def _delong_variance(v10: Floats, v01: Floats) -> float:
     return float(v10.var(ddof=1) / v10.size + v01.var(ddof=1) / v01.size)
 
 
-def _logit_interval(area: float, variance: float, z: float) -> tuple[float, float]:
+def logit_interval(area: float, variance: float, z: float) -> tuple[float, float]:
+    """Interval of `z` standard errors around an AUROC, symmetric in its logit."""
     odds = area / (1 - area)
     # Beyond e^500 the bound is 0 or 1 in float64 whatever the exponent, and exp would overflow.
     spread = math.exp(min(500.0, z * math.sqrt(variance) / (area * (1 - area))))
@@ -206,7 +215,7 @@ def _logit_interval(area: float, variance: float, z: float) -> tuple[float, floa
     return max(0.0, min(low, area)), min(1.0, max(high, area))
 
 
-def _widest_interval(area: float, trials: int, z: float, level: float) -> tuple[float, float]:
+def widest_interval(area: float, trials: int, z: float, level: float) -> tuple[float, float]:
     """Wilson's interval for `trials`, no narrower than Clopper-Pearson's at 0 and 1."""
     centre = (area + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(area * (1 - area) / trials + (z / (2 * trials)) ** 2)
@@ -220,7 +229,8 @@ def _widest_interval(area: float, trials: int, z: float, level: float) -> tuple[
     return low, high
 
 
-def _normal_quantile(p: float) -> float:
+def normal_quantile(p: float) -> float:
+    """The standard normal's value below which a share `p` lies."""
     from statistics import NormalDist  # 10 ms to import, wanted only here
 
     return NormalDist().inv_cdf(p)

@@ -215,6 +215,15 @@ class ModelSource:
                     f"the config is damaged, or the architecture {self.architecture} not supported"
                 )
 
+    def check_ids(self, largest: int) -> None:
+        """Refuse token ids that the model has no embedding for."""
+        size = getattr(self.text_config, "vocab_size", None)
+        if isinstance(size, int) and largest >= size:
+            raise ModelError(
+                f"expected token ids below {size}, the vocabulary of {self.options.model}, got "
+                f"{largest}; its tokenizer is another model's: use the one it was trained with"
+            )
+
     def check_weights(self) -> None:
         """Refuse a folder without safetensors; what the hub has is seen when headers are read.
 

@@ -134,6 +134,7 @@ def prepare(request: ExtractRequest) -> Preparation:
     layers = parse_layers(request.layers, source.num_hidden_layers)
     positions = default_positions(request.prompts, dataset.paired)
     prompts = tokenize_dataset(dataset, source.tokenizer, source.facts, request.prompts)
+    source.check_ids(max(int(prompt.ids.max()) for prompt in prompts))
     return Preparation(
         request=request,
         source=source,

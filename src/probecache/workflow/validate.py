@@ -334,7 +334,7 @@ def _warnings(
             f"{vectors.info.positive_class!r} score lower than the others. Check the positive "
             "class of the vectors and the labels of the data."
         )
-    if best.auroc.low <= 0.5:
+    if best.auroc.low <= 0.5 <= best.auroc.high:
         found.append(
             f"Even at the best layer ({best.layer}) the interval of the AUROC reaches chance (0.5)."
         )
