@@ -352,3 +352,11 @@ def test_files_of_any_bytes_are_read_or_refused_and_nothing_else(suffix, content
         path.write_bytes(content)
         with pytest.raises(DataError, match="data"):
             load_dataset(path)
+
+
+def test_reading_csv_leaves_the_process_its_own_limit_and_takes_longer_fields(tmp_path):
+    before = csv.field_size_limit()
+    path = tmp_path / "data.csv"
+    path.write_text(f"text,type\n{'long ' * 40_000},a\nshort,b\n", encoding="utf-8")
+    assert len(load_dataset(path).examples[0].question) == 200_000
+    assert csv.field_size_limit() == before

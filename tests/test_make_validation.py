@@ -315,7 +315,7 @@ def test_a_local_file_goes_before_a_data_set_of_its_name(tmp_path, hub, monkeypa
 
 def test_a_data_set_that_cannot_be_fetched_is_one_clear_line(tmp_path, hub, tasks):
     message = refused(DataError, "org/missing", tasks, tmp_path / "out.json", count=1)
-    assert "data set org/missing on the hub, got: Couldn't reach org/missing;" in message
+    assert "org/missing on the hub, got: Couldn't reach org/missing and much more;" in message
     assert "--testing and --deployment" in message
 
 

@@ -15,6 +15,8 @@ import csv
 import hashlib
 import io
 import json
+import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,9 +25,9 @@ from probecache.errors import DataError
 from probecache.types import Example, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["Dataset", "load_dataset", "parse_records"]
+__all__ = ["Dataset", "load_dataset", "parse_records", "unlimited_csv_fields"]
 
 IN_MEMORY = "records in memory"
 TESTING, DEPLOYMENT = "testing", "deployment"
@@ -89,7 +91,8 @@ def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
     if path.suffix.lower() not in readers:
         raise DataError(f"expected --data to end in .json, .jsonl or .csv, got {path.name!r}")
     text = _read_text(path)
-    return parse_records(readers[path.suffix.lower()](text, path), source=str(path))
+    with unlimited_csv_fields():
+        return parse_records(readers[path.suffix.lower()](text, path), source=str(path))
 
 
 def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
@@ -174,8 +177,17 @@ def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
             yield row, _parse_json(line, f"{path}, row {row}")
 
 
+@contextmanager
+def unlimited_csv_fields() -> Iterator[None]:
+    """Lift csv's limit of 131,072 characters a field, which holds for the whole process."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
-    csv.field_size_limit(max(len(text), 1))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     row = 0
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from probecache.dataset import unlimited_csv_fields
 from probecache.errors import FitError, StoreError
 from probecache.metrics import auroc
 
@@ -269,7 +269,7 @@ def _read_scores(path: Path, positive_class: str) -> LayerScores:
         file = path.open(newline="", encoding="utf-8", errors="surrogatepass")
     except OSError as error:
         raise StoreError(f"expected scores in {path}, got: {error.strerror}; {AGAIN}") from error
-    with file, _malformed(path), _long_fields():
+    with file, _malformed(path), unlimited_csv_fields():
         rows = csv.reader(file, strict=True)
         columns = _columns(next(rows, []))
         table = [[row[i] for i in columns] for row in rows]
@@ -295,16 +295,6 @@ def _columns(header: list[str]) -> list[int]:
         got = shown(", ".join(header), 120) or "none"
         raise ValueError(f"expected columns {', '.join(wanted)}, got {got}")
     return [header.index(name) for name in wanted]
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Lift csv's limit of 131,072 characters a field: a prompt may be a whole document."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _check_against_summary(scores: LayerScores, result: LayerResult) -> None:
