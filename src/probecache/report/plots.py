@@ -161,13 +161,16 @@ def _roc_curves(validation: Validation) -> Figure:
     for layer, result in validation.results.items():
         _roc_line(axes, validation, result, colours.to_rgba(layer))
     _heading(axes, f"ROC curves, {_name(validation.positive_class)} as positive")
-    axes.text(0, 1.025, "heavy = best layer, dashed = chance", transform=axes.transAxes, fontsize=9)
+    best = validation.best
+    heavy = f"layer {best.layer}, {best.auroc:.3f}, the best" if many else "best layer"
+    axes.text(0, 1.025, f"heavy = {heavy}; dashed = chance", transform=axes.transAxes, fontsize=9)
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xticks=TICKS, yticks=TICKS)
     if many:
         _layer_bar(figure, axes, colours)
-    axes.legend(loc=_free_corner(validation), handlelength=1.6, labelspacing=0.35)
+    else:
+        axes.legend(loc=_free_corner(validation), handlelength=1.6, labelspacing=0.35)
     return figure
 
 
@@ -182,7 +185,7 @@ def _roc_line(axes: Any, validation: Validation, result: LayerResult, colour: An
         linewidth=2.4 if chosen else 1.3 if few else 0.8,
         zorder=4 if chosen else 3,
         solid_joinstyle="round",
-        label=label if chosen or few else "_hidden",
+        label=label,
     )
 
 
