@@ -12,7 +12,13 @@ import numpy as np
 import torch
 
 from probecache.dataset import load_dataset
-from probecache.store.layout import Blueprint, ClassRecord, ExampleRecord, class_prefixes
+from probecache.store.layout import (
+    Blueprint,
+    ClassRecord,
+    ExampleRecord,
+    Origin,
+    class_prefixes,
+)
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import open_writer
 from probecache.types import Dtype, Identity, Positions
@@ -85,7 +91,7 @@ def blueprint_of(
         dtype=Dtype(dtype),
         positions=Positions(positions),
         num_examples=dataset.num_examples,
-        data_source="planted.json",
+        origin=Origin(data="planted.json"),
         classes={
             label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
             for label in dataset.labels

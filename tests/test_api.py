@@ -116,7 +116,7 @@ def test_paths_may_be_paths_and_records_may_be_in_a_file(pairs, tmp_path):
         model=Path(MODEL), data=data, output=tmp_path / "c", layers="2", quiet=True
     )
     assert torch.equal(cache["testing", 2], pairs["testing", 2])
-    assert cache.info.data_source == str(data)
+    assert cache.info.origin.data == str(data)
 
 
 def test_the_plan_is_told_once_before_anything_is_written(tmp_path):

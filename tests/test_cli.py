@@ -299,7 +299,7 @@ def test_an_output_below_a_file_is_refused(refused, pairs, tmp_path):
 def test_too_little_disk_is_refused_before_anything_is_written(
     refused, pairs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("probecache.workflow.extract.free_bytes", lambda _path: 1000)
+    monkeypatch.setattr("probecache.workflow.prepare.free_bytes", lambda _path: 1000)
     line = refused("extract", "--model", MODEL, "--data", pairs, "--output", tmp_path / "cache")
     assert "bytes free" in line
     assert "got 1,000, not enough disk" in line
@@ -439,6 +439,36 @@ def test_a_validation_that_cannot_be_is_refused_before_the_model_is_loaded(
     assert ".tmp" not in line
 
 
+def test_a_users_file_where_a_layer_would_go_is_refused_before_the_model_is_loaded(
+    refused, no_model, made, tmp_path
+):
+    shutil.copytree(made / "pairs", tmp_path / "cache")
+    (tmp_path / "cache" / "layer_8").mkdir()
+    (tmp_path / "cache" / "layer_8" / "my_activations.pt").write_text("mine")
+    line = refused(
+        *("extract", "--model", MODEL, "--data", made / "pairs.json", "--layers", "7,8"),
+        *("--output", tmp_path / "cache", "--quiet"),
+    )
+    assert "it holds my_activations.pt, which is not of this cache" in line
+
+
+def test_a_link_that_goes_in_circles_is_refused_before_the_model_is_loaded(
+    refused, no_model, pairs, tmp_path
+):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    line = refused("extract", "--model", MODEL, "--data", pairs, "--output", tmp_path / "a")
+    assert "goes in circles" in line
+
+
+def test_a_cache_of_cut_texts_names_the_option_that_cut_them(refused, capsys, tmp_path):
+    data = write(tmp_path / "d.json", [PROMPTS[0], {"question": "word " * 2000, "type": "x"}])
+    arguments = ("--model", MODEL, "--data", data, "--truncate", "--output", tmp_path / "cache")
+    assert command(capsys, "extract", *arguments, "--layers", "1", "--quiet")[0] == 0
+    line = refused("train", "--cache", tmp_path / "cache", "--layers", "2", "--output", "run")
+    assert line.endswith("--truncate")
+
+
 def test_another_model_is_refused_before_it_is_loaded(refused, no_model, made, tmp_path, prompts):
     narrow = build(FAMILIES["llama"], tmp_path / "model", chat=True)
     line = refused(
@@ -456,6 +486,7 @@ def test_another_model_is_refused_before_it_is_loaded(refused, no_model, made, t
         (["--output", "{tmp}/pairs.json/run"], "is not a folder"),
         (["--output", "{tmp}/.."], "to name a folder"),
         (["--device", "tpu"], "the device tpu"),
+        (["--device-map", "wide"], "--device-map to be auto"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_before_the_model_is_loaded(
@@ -473,7 +504,7 @@ def test_a_training_that_cannot_be_is_refused_before_the_model_is_loaded(
     [
         (["extract", "--model", "m"], "Missing option '--data'. See probecache extract --help"),
         (["extract", "--colour", "red"], "No such option"),
-        (["extrct"], "No such command 'extrct'"),
+        (["extrct"], "See probecache --help"),
         (["plan", "--model", "m", "--data", "d", "--batch-tokens", "0"], "--batch-tokens"),
         (["info", "a\0b"], "without NUL bytes"),
         (["info", "a\udcff"], "arguments in UTF-8"),

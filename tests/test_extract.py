@@ -349,7 +349,7 @@ def test_a_plan_writes_nothing(llama, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_a_weight_is_read(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("probecache.workflow.extract.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("probecache.workflow.prepare.free_bytes", lambda _: 1000)
     monkeypatch.setattr(
         "probecache.models.ModelSource.load", lambda *_: pytest.fail("weights were read")
     )

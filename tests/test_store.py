@@ -8,7 +8,9 @@ import json
 import os
 import random
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -635,6 +637,23 @@ def test_two_runs_that_add_layers_at_once_both_keep_theirs(cache):
     assert set(whole.identity.weights) == {5, 7, 10, 20}
     for layer in (5, 7):
         assert torch.equal(rows_of(whole, "testing", layer), rows(layer)[IS_TESTING])
+
+
+def test_runs_that_commit_at_the_same_moment_keep_all_their_layers(cache):
+    together = threading.Barrier(4)
+
+    def add(layer):
+        with adding(cache.path, layer) as writer:
+            writer.write(layer, range(len(RECORDS)), rows(layer))
+            together.wait()
+            weights = {layer: f"{layer:064x}"}
+            writer.commit(replace(cache.identity, weights=weights), {"extract_s": 0.0}, {})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(add, (5, 6, 7, 8)))
+    whole = open_cache(cache.path)
+    assert whole.layers == (5, 6, 7, 8, 10, 20)
+    assert set(whole.identity.weights) == {5, 6, 7, 8, 10, 20}
 
 
 def test_of_two_runs_that_add_one_layer_the_second_is_told(cache):

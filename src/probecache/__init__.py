@@ -16,6 +16,7 @@ from probecache import errors as errors
 
 if TYPE_CHECKING:
     from probecache.api import extract, plan_extraction, train, validate
+    from probecache.fit import fit_difference_of_means
     from probecache.store.reader import Cache, open_cache
     from probecache.store.vectors import SavedVectors, load_vectors
 
@@ -23,6 +24,7 @@ __all__ = [
     "Cache",
     "SavedVectors",
     "extract",
+    "fit_difference_of_means",
     "load_vectors",
     "open_cache",
     "plan_extraction",
@@ -34,6 +36,7 @@ _HOME = {
     "Cache": "probecache.store.reader",
     "SavedVectors": "probecache.store.vectors",
     "extract": "probecache.api",
+    "fit_difference_of_means": "probecache.fit",
     "load_vectors": "probecache.store.vectors",
     "open_cache": "probecache.store.reader",
     "plan_extraction": "probecache.api",

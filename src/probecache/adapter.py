@@ -7,9 +7,11 @@ and embeddings (prompt and prefix tuning), or that the input switches on; they a
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,16 @@ class Adapter:
             blocks: how many blocks the whole model has.
 
         Raises:
-            ModelError: peft is missing, or the adapter is not one of this model.
+            ModelError: the adapter is not one of this model.
         """
+        from peft import PeftModel
+
         try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ModelError(
-                "expected the package peft for --adapter, got none; "
-                "install it with: pip install 'probecache[adapter]'"
-            ) from error
-        try:
-            adapted = PeftModel.from_pretrained(shell, str(self.folder), is_trainable=False)
-            self._require_whole(adapted, block_of, blocks)
+            # Peft warns of what is refused below, and of its own future.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapted = PeftModel.from_pretrained(shell, str(self.folder), is_trainable=False)
+                self._require_whole(adapted, block_of, blocks)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise ModelError(
                 f"expected an adapter for this model in {self.name}, got: {one_line(error)}"
@@ -89,8 +89,13 @@ def find_adapter(name: str, settings: Sequence[str]) -> Adapter:
     """The adapter in a folder, or fetched from the hub with the files of these patterns.
 
     Raises:
-        ModelError: no such adapter, or one not in safetensors.
+        ModelError: no such adapter, one not in safetensors, or peft is missing.
     """
+    if find_spec("peft") is None:
+        raise ModelError(
+            "expected the package peft for --adapter, got none; "
+            "install it with: pip install 'probecache[adapter]'"
+        )
     folder = folder_of(name, None, [*settings, _WEIGHTS])
     for file in (_SETTINGS, _WEIGHTS):
         if not (folder / file).is_file():

@@ -31,7 +31,7 @@ from probecache.workflow.validate import validate as validate_on_cache
 
 if TYPE_CHECKING:
     from probecache.types import Identity
-    from probecache.workflow.extract import ExtractRequest, Plan
+    from probecache.workflow.prepare import ExtractRequest, Plan
 
 __all__ = ["extract", "plan_extraction", "train", "validate"]
 
@@ -122,7 +122,7 @@ def plan_extraction(
     Raises:
         ProbecacheError: whatever `extract` would refuse before it reads a weight.
     """
-    from probecache.workflow.extract import plan
+    from probecache.workflow.prepare import plan
 
     options.pop("announce", None)  # there is nothing to announce but what is returned
     return plan(_request(model=model, data=data, **options), output)
@@ -249,7 +249,7 @@ def _request(
 ) -> ExtractRequest:
     from probecache.models import ModelOptions
     from probecache.prompts import PromptOptions
-    from probecache.workflow.extract import ExtractRequest
+    from probecache.workflow.prepare import ExtractRequest
 
     if batch_tokens is not None and batch_tokens < 1:
         raise UsageError(f"expected batch_tokens of at least 1, got {batch_tokens}")

@@ -51,6 +51,10 @@ def require_place(path: Path) -> None:
     """Raise OutputError unless a folder can be made at `path`, as far as can be told beforehand."""
     if path.name in ("", ".", ".."):
         raise OutputError(f"expected --output to name a folder, got {str(path)!r}")
+    if path.is_symlink():  # its target was asked for, and cannot be told
+        raise OutputError(
+            f"expected {path} to be free or a folder, got a link that goes in circles"
+        )
     parent = path.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent

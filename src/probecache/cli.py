@@ -424,8 +424,9 @@ def _run(words: list[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         # Typer's own, of whichever package it brings its errors from.
-        message = error.format_message().rstrip(".")
-        return _refuse(f"{message}. See probecache {_command(words)}--help")
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        return _refuse(f"{message}{stop} See probecache {_command(words)}--help")
     if code == _INTERRUPTED:
         print("interrupted: what was not finished is not kept", file=sys.stderr)
     return code if isinstance(code, int) else 0
@@ -437,7 +438,8 @@ def _refuse(message: str) -> int:
 
 
 def _command(words: list[str]) -> str:
-    return "" if words[0].startswith("-") else f"{words[0]} "
+    known: Any = typer.main.get_command(app)
+    return f"{words[0]} " if words[0] in known.commands else ""
 
 
 def _require_text(words: list[str]) -> None:

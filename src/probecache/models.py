@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelOptions", "ModelSource", "open_model"]
 
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -369,7 +370,13 @@ class ModelSource:
         return LoadedModel(model.eval(), max(depth, 1))
 
     def check_device(self) -> None:
-        """Raise ModelError unless the device is there."""
+        """Raise ModelError unless the device is there, UsageError for a map there is not."""
+        wanted = self.options.device_map
+        if wanted is not None and wanted not in _DEVICE_MAPS:
+            raise UsageError(
+                f"expected --device-map to be {', '.join(_DEVICE_MAPS)}, got {wanted!r}; auto "
+                "suits most"
+            )
         self._device()
 
     def _device(self) -> torch.device:

@@ -9,7 +9,7 @@ from probecache.layers import format_layers
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
     from probecache.store.vectors import SavedVectors
-    from probecache.workflow.extract import Plan
+    from probecache.workflow.prepare import Plan
     from probecache.workflow.validate import Validation
 
 __all__ = ["print_cache", "print_plan", "print_start", "print_validation", "print_vectors"]

@@ -38,8 +38,8 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
     classes = (f"{c} {r.examples} examples, {r.rows} rows" for c, r in info.classes.items())
     return [
         ("cache", str(cache.path)),
-        *_identity(cache.identity),
-        ("data", info.data_source),
+        *_identity(cache.identity, info.origin.adapter),
+        ("data", info.origin.data + (", texts truncated" if info.origin.truncate else "")),
         ("layers", ",".join(map(str, cache.layers))),
         ("positions", str(info.positions)),
         ("examples", f"{info.num_examples} ({'; '.join(classes)})"),
@@ -64,14 +64,14 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
     ]
 
 
-def _identity(identity: Identity) -> list[tuple[str, str]]:
+def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str, str]]:
     name = identity.model + (f" @ {identity.revision}" if identity.revision else "")
     versions = ", ".join(f"{name} {number}" for name, number in identity.versions.items())
     return [
         ("model", f"{name} ({identity.architecture}, {identity.num_hidden_layers} blocks)"),
         ("hidden size", str(identity.hidden_size)),
         ("dtype", identity.dtype + (" quantised" if identity.quantization else "")),
-        ("adapter", identity.adapter or "none"),
+        ("adapter", " ".join(filter(None, (adapter, identity.adapter))) or "none"),
         ("prompts", "chat template" if identity.chat_template else "raw text"),
         ("system prompt", repr(identity.system_prompt) if identity.system_prompt else "none"),
         ("versions", versions),

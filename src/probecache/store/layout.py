@@ -31,6 +31,7 @@ __all__ = [
     "ClassRecord",
     "ExampleRecord",
     "LayerInfo",
+    "Origin",
     "activations_path",
     "class_prefixes",
     "encode_json",
@@ -77,6 +78,16 @@ class ExampleRecord(BaseModel):
     input_tokens: int = Field(ge=1)
 
 
+class Origin(BaseModel):
+    """What the user asked for where the identity has only its outcome; told, never compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    adapter: str | None = None
+    truncate: bool = False
+
+
 class LayerInfo(BaseModel):
     """layer_info.json."""
 
@@ -92,7 +103,7 @@ class LayerInfo(BaseModel):
     layer_convention: str = LAYER_CONVENTION
     classes: dict[str, ClassRecord]
     identity: Identity
-    data_source: str
+    origin: Origin
     created: str
     timing: dict[str, float]
     non_finite: dict[int, int] = Field(default_factory=dict)
@@ -158,8 +169,7 @@ def encode_json(content: Any) -> bytes:
 class Blueprint:
     """A cache before it is filled: everything but the numbers and how long they took.
 
-    `examples` are in data order; `layers` are those to be written now; `data_source` is what the
-    user called the data.
+    `examples` are in data order; `layers` are those to be written now.
     """
 
     layers: tuple[int, ...]
@@ -167,7 +177,7 @@ class Blueprint:
     dtype: Dtype
     positions: Positions
     num_examples: int
-    data_source: str
+    origin: Origin
     classes: dict[str, ClassRecord]
     examples: tuple[ExampleRecord, ...]
 
@@ -260,7 +270,7 @@ class Blueprint:
             positions=self.positions,
             classes=self.classes,
             identity=identity,
-            data_source=self.data_source,
+            origin=self.origin,
             created=created,
             timing=timing,
             non_finite=non_finite,

@@ -155,8 +155,8 @@ class Cache:
         options = {
             "--model": identity.model,
             "--revision": identity.revision,
-            "--adapter": "ADAPTER" if identity.adapter else None,  # only its hash is kept
-            "--data": info.data_source.replace("records in memory", "DATA"),
+            "--adapter": info.origin.adapter,
+            "--data": info.origin.data.replace("records in memory", "DATA"),
             "--layers": layer,
             "--output": str(self.path),
             "--dtype": str(info.dtype),
@@ -166,6 +166,7 @@ class Cache:
         flags = {
             "--no-chat-template": identity.chat_template is None,
             "--keep-special-tokens": identity.special_tokens_kept,
+            "--truncate": info.origin.truncate,
         }
         words = [word for name, value in options.items() if value for word in (name, value)]
         return shlex.join(

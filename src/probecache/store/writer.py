@@ -11,11 +11,12 @@ memory does not grow with the data set.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +25,10 @@ from typing import TYPE_CHECKING, BinaryIO
 from probecache.atomic import (
     commit_folder,
     disk_errors_named,
+    flush_folder,
     real_path,
     sha256_of_file,
+    sync_folder,
     temporary_sibling,
     write_bytes,
 )
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 
     from probecache.types import Identity
 
-__all__ = ["CacheWriter", "open_writer"]
+__all__ = ["CacheWriter", "open_writer", "require_free_layers"]
 
 
 @dataclass
@@ -168,52 +171,72 @@ class CacheWriter:
         commit_folder(self.folder, self.final)
 
     def _commit_layers(self, new: LayerInfo) -> LayerInfo:
-        # Another run may have added layers since this one began.
-        old = read_manifest(self.final / LAYER_INFO, LayerInfo)
-        if twice := sorted({*old.layers} & {*new.layers}):
-            raise OutputError(
-                f"expected to add layers {new.layers} to {self.final}, but another run has added "
-                f"{twice} meanwhile; run the command again to add what is still missing"
-            )
         for layer in new.layers:
-            target = self.final / f"layer_{layer}"
-            _remove_leftover(target)
-            commit_folder(self.folder / f"layer_{layer}", target)
-        merged = new.model_copy(
-            update={
-                "layers": sorted({*old.layers, *new.layers}),
-                "files": {**old.files, **new.files},
-                "non_finite": {**old.non_finite, **new.non_finite},
-                "identity": replace(
-                    new.identity, weights={**old.identity.weights, **new.identity.weights}
-                ),
-            }
-        )
-        content = encode_json(merged.model_dump(mode="json"))
-        size = extended_manifest_bytes(self.blueprint, merged.layers, merged.identity)
-        write_bytes(self.final / LAYER_INFO, content.ljust(size))
+            flush_folder(self.folder / f"layer_{layer}")
+        with _locked(self.final):
+            # Another run may have added layers since this one began.
+            old = read_manifest(self.final / LAYER_INFO, LayerInfo)
+            if twice := sorted({*old.layers} & {*new.layers}):
+                raise OutputError(
+                    f"expected to add layers {new.layers} to {self.final}, but another run has "
+                    f"added {twice} meanwhile; run the command again to add what is still missing"
+                )
+            merged = _merged(old, new)
+            size = extended_manifest_bytes(self.blueprint, merged.layers, merged.identity)
+            content = encode_json(merged.model_dump(mode="json")).ljust(size)
+            self._move_layers(new)
+            write_bytes(self.final / LAYER_INFO, content)
         return merged
 
+    def _move_layers(self, new: LayerInfo) -> None:
+        """Put the new layers in; what a killed run left in their places goes."""
+        require_free_layers(self.final, self.blueprint)
+        for layer in new.layers:
+            target = self.final / f"layer_{layer}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / f"layer_{layer}").rename(target)
+        sync_folder(self.final)
 
-def _remove_leftover(folder: Path) -> None:
-    """Remove what a killed run left behind: a layer's folder that the manifest does not name.
 
-    Raises:
-        OutputError: it holds something else.
-    """
-    if not os.path.lexists(folder):
-        return
-    foreign = (
-        sorted(path.name for path in folder.iterdir() if not path.name.endswith("_activations.pt"))
-        if folder.is_dir() and not folder.is_symlink()
-        else [folder.name]
+def _merged(old: LayerInfo, new: LayerInfo) -> LayerInfo:
+    """The manifest of a cache that gains layers."""
+    weights = {**old.identity.weights, **new.identity.weights}
+    return new.model_copy(
+        update={
+            "layers": sorted({*old.layers, *new.layers}),
+            "files": {**old.files, **new.files},
+            "non_finite": {**old.non_finite, **new.non_finite},
+            "identity": replace(new.identity, weights=weights),
+        }
     )
-    if foreign:
-        raise OutputError(
-            f"expected {folder} to be free for new rows, but it holds {foreign[0]}, which is not "
-            "of this cache; move it"
-        )
-    shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other run change the cache meanwhile, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
+
+
+def require_free_layers(final: Path, blueprint: Blueprint) -> None:
+    """Raise OutputError where something but a killed run's leftovers lies where a layer will go."""
+    for layer in blueprint.layers:
+        folder = final / f"layer_{layer}"
+        ours = {Path(activations_path(layer, r.prefix)).name for r in blueprint.classes.values()}
+        if folder.is_dir() and not folder.is_symlink():
+            foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+        else:
+            foreign = [folder.name] if os.path.lexists(folder) else []
+        if foreign:
+            raise OutputError(
+                f"expected {folder} to be free for new rows, but it holds {foreign[0]}, which is "
+                "not of this cache; move it"
+            )
 
 
 @contextmanager

@@ -125,9 +125,8 @@ def validate(
     chosen = choose_layers(vectors, layers)
     for layer in chosen:
         cache.require_layer(layer)
-    require_scorable(
-        *(vectors, cache.identity, cache.classes, f"cache {cache.path}", chosen, allow_mismatch)
-    )
+    where = f"cache {cache.path}"
+    require_scorable(vectors, cache.identity, cache.classes, where, chosen, allow_mismatch)
     if dataset is not None:
         require_data(cache, dataset)
     is_positive = np.array(

@@ -1,0 +1,322 @@
+"""Everything about an extraction that can be known, and refused, without reading a weight.
+
+    prepare(request)          data read, prompts rendered and checked, files laid out
+    plan(request, output)     what it will cost
+
+Guarantee: nothing is written, and of a model only its config, tokenizer and headers are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from probecache.atomic import free_bytes
+from probecache.dataset import Dataset, load_dataset
+from probecache.errors import OutputError
+from probecache.layers import parse_layers
+from probecache.models import ModelOptions, ModelSource, open_model
+from probecache.plan import (
+    count_distinct_prefixes,
+    estimate_working_set,
+    plan_batches,
+)
+from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
+from probecache.store.layout import (
+    LAYER_INFO,
+    Blueprint,
+    ClassRecord,
+    ExampleRecord,
+    Origin,
+    class_prefixes,
+    extended_manifest_bytes,
+)
+from probecache.store.reader import Cache, open_cache
+from probecache.types import Identity, Positions, TokenizedPrompt
+
+__all__ = [
+    "ExtractRequest",
+    "Plan",
+    "Preparation",
+    "existing_cache",
+    "missing",
+    "plan",
+    "prepare",
+    "token_budget",
+    "work_out",
+]
+
+# Tokens per batch, padding included. On a CPU larger batches only add padding
+# (docs/lab-notes.md); on an accelerator small ones leave it idle.
+_TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384, "mps": 4096}
+
+
+@dataclass(frozen=True)
+class ExtractRequest:
+    """What to extract.
+
+    Attributes:
+        model: which model, in which precision, where.
+        data: a data file, or records in memory.
+        layers: as `parse_layers` takes them.
+        prompts: how examples become prompts, and which positions are kept.
+        batch_tokens: most tokens per batch; None takes what suits the device.
+        allow_nonfinite: keep rows with NaN or Inf, counted in the manifest, instead of stopping.
+        quiet: no progress on stderr.
+    """
+
+    model: ModelOptions
+    data: str | Path | Sequence[Mapping[str, Any]]
+    layers: str | int | Sequence[int] = "all"
+    prompts: PromptOptions = field(default_factory=PromptOptions)
+    batch_tokens: int | None = None
+    allow_nonfinite: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost. Bytes on disk and of weights are exact, memory is an estimate."""
+
+    model: str
+    data: str
+    output: str
+    positions: str
+    dtype: str
+    layers: tuple[int, ...]
+    cached_layers: tuple[int, ...]
+    num_hidden_layers: int
+    hidden_size: int
+    prompts: int
+    tokens: int
+    distinct_prefix_tokens: int
+    rows_per_layer: int
+    bytes_per_layer: int
+    bytes_total: int
+    bytes_free: int
+    weight_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A request, checked and worked out as far as no weights are needed."""
+
+    request: ExtractRequest
+    source: ModelSource
+    dataset: Dataset
+    prompts: list[TokenizedPrompt]
+    layers: tuple[int, ...]
+    positions: Positions
+    blueprint: Blueprint
+    identity: Identity
+
+
+def prepare(request: ExtractRequest) -> Preparation:
+    """Read data, config and tokenizer; render and check every prompt.
+
+    Raises:
+        DataError, PromptError, UsageError, ModelError: whatever can be refused by now.
+    """
+    dataset = load_dataset(request.data)
+    source = open_model(request.model)
+    layers = parse_layers(request.layers, source.num_hidden_layers)
+    positions = default_positions(request.prompts, dataset.paired)
+    prompts = tokenize_dataset(dataset, source.tokenizer, source.facts, request.prompts)
+    source.check_ids(max(int(prompt.ids.max()) for prompt in prompts))
+    return Preparation(
+        request=request,
+        source=source,
+        dataset=dataset,
+        prompts=prompts,
+        layers=layers,
+        positions=positions,
+        blueprint=_blueprint(request, dataset, prompts, layers, positions, source),
+        identity=_identity(request, source, dataset, prompts, positions),
+    )
+
+
+def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
+    """Work out a run without reading weights or writing anything.
+
+    Args:
+        output: the cache's folder; None stands for a free place in the current one.
+
+    Raises:
+        As `prepare`; OutputError, MismatchError: the output holds something else.
+    """
+    existing = None if output is None else existing_cache(Path(output))
+    output = Path() if output is None else Path(output)
+    prepared = prepare(request)
+    return work_out(prepared, existing, missing(prepared.blueprint, existing), output)
+
+
+def work_out(
+    prepared: Preparation, existing: Cache | None, blueprint: Blueprint, output: Path
+) -> Plan:
+    weight_bytes = prepared.source.weight_bytes(max(blueprint.layers)) if blueprint.layers else 0
+    return Plan(
+        model=prepared.request.model.model,
+        data=prepared.dataset.source,
+        output=str(output),
+        positions=prepared.positions,
+        dtype=prepared.source.dtype,
+        layers=blueprint.layers,
+        cached_layers=existing.layers if existing else (),
+        num_hidden_layers=prepared.source.num_hidden_layers,
+        hidden_size=prepared.source.hidden_size,
+        prompts=len(prepared.prompts),
+        tokens=sum(map(len, prepared.prompts)),
+        distinct_prefix_tokens=count_distinct_prefixes(prepared.prompts),
+        rows_per_layer=blueprint.rows,
+        bytes_per_layer=blueprint.bytes_per_layer,
+        bytes_total=_bytes_to_write(blueprint, prepared.identity, existing),
+        bytes_free=free_bytes(output),
+        weight_bytes=weight_bytes,
+        memory_bytes=_estimate_memory(prepared, blueprint.layers),
+    )
+
+
+# ---------------------------------------------------------------- what will be written
+
+
+def _blueprint(
+    request: ExtractRequest,
+    dataset: Dataset,
+    prompts: list[TokenizedPrompt],
+    layers: tuple[int, ...],
+    positions: Positions,
+    source: ModelSource,
+) -> Blueprint:
+    rows: Counter[str] = Counter()
+    records = []
+    for index, (example, prompt) in enumerate(zip(dataset.examples, prompts, strict=True)):
+        start = rows[example.label]
+        rows[example.label] += 1 if positions.one_row else len(prompt.kept)
+        records.append(
+            ExampleRecord(
+                idx=index,
+                id=example.id,
+                group=example.group,
+                label=example.label,
+                question=example.question,
+                answer=example.answer,
+                category=example.category,
+                rows=(start, rows[example.label]),
+                n_tokens=len(prompt.kept),
+                input_tokens=len(prompt),
+            )
+        )
+    counts = Counter(example.label for example in dataset.examples)
+    prefixes = class_prefixes(dataset.labels)
+    classes = {
+        label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
+        for label in dataset.labels
+    }
+    return Blueprint(
+        layers=layers,
+        hidden_size=source.hidden_size,
+        dtype=source.dtype,
+        positions=positions,
+        num_examples=dataset.num_examples,
+        origin=Origin(
+            data=dataset.source,
+            adapter=request.model.adapter,
+            truncate=request.prompts.truncate,
+        ),
+        classes=classes,
+        examples=tuple(records),
+    )
+
+
+def missing(blueprint: Blueprint, existing: Cache | None) -> Blueprint:
+    """The blueprint of those layers that are not cached yet."""
+    have = set(existing.layers) if existing else set()
+    return replace(blueprint, layers=tuple(x for x in blueprint.layers if x not in have))
+
+
+def _bytes_to_write(blueprint: Blueprint, identity: Identity, existing: Cache | None) -> int:
+    if existing is None:
+        return blueprint.total_bytes(identity)
+    if not blueprint.layers:
+        return 0
+    layers = (*existing.layers, *blueprint.layers)
+    before = (existing.path / LAYER_INFO).stat().st_size
+    manifest = extended_manifest_bytes(blueprint, layers, identity) - before
+    return blueprint.bytes_per_layer * len(blueprint.layers) + manifest
+
+
+def existing_cache(output: Path) -> Cache | None:
+    """The cache that is there already, or None for a free place."""
+    if output.is_dir() and (output / LAYER_INFO).is_file():
+        return open_cache(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise OutputError(
+            f"expected --output {output} to be free or a cache to add layers to, but it holds "
+            "something else; choose another folder"
+        )
+    return None
+
+
+# ---------------------------------------------------------------- identity and cost
+
+
+def _identity(
+    request: ExtractRequest,
+    source: ModelSource,
+    dataset: Dataset,
+    prompts: list[TokenizedPrompt],
+    positions: Positions,
+) -> Identity:
+    template = source.tokenizer.chat_template if request.prompts.chat_template else None
+    return Identity(
+        model=request.model.model,
+        revision=request.model.revision,
+        weights={},
+        architecture=source.architecture,
+        num_hidden_layers=source.num_hidden_layers,
+        hidden_size=source.hidden_size,
+        dtype=source.dtype,
+        quantization=source.quantization,
+        adapter=source.adapter.fingerprint if source.adapter else None,
+        attention="",
+        tokenizer=source.tokenizer_fingerprint,
+        chat_template=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        system_prompt=request.prompts.system_prompt,
+        data=dataset.fingerprint(),
+        token_ids=fingerprint(prompts),
+        positions=positions,
+        special_tokens_kept=request.prompts.keep_special_tokens,
+        versions={name: version(name) for name in ("probecache", "torch", "transformers")},
+    )
+
+
+def token_budget(request: ExtractRequest, device: str) -> int:
+    """Most tokens per batch on a kind of device, as asked or as suits it."""
+    return request.batch_tokens or _TOKEN_BUDGET.get(device, _TOKEN_BUDGET["cuda"])
+
+
+def _estimate_memory(prepared: Preparation, layers: tuple[int, ...]) -> int:
+    if not layers:
+        return 0
+    source, config = prepared.source, prepared.source.text_config
+    budget = token_budget(prepared.request, (prepared.request.model.device or "cpu").split(":")[0])
+    working_set = estimate_working_set(
+        plan_batches([len(prompt) for prompt in prepared.prompts], budget),
+        hidden_size=source.hidden_size,
+        intermediate_size=_largest(config, "intermediate_size") or 4 * source.hidden_size,
+        heads=_largest(config, "num_attention_heads") or 1,
+        itemsize=source.dtype.itemsize,
+    )
+    return source.loaded_bytes(max(layers)) + working_set
+
+
+def _largest(config: Any, name: str) -> int:
+    """A size from a config, which some architectures state per block; 0 where there is none."""
+    value = getattr(config, name, None) or 0
+    return int(max(value)) if isinstance(value, (list, tuple)) else int(value)
