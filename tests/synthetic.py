@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,7 @@ import numpy as np
 import torch
 
 from probecache.dataset import load_dataset
-from probecache.store.layout import (
-    Blueprint,
-    ClassRecord,
-    ExampleRecord,
-    Origin,
-    class_prefixes,
-)
+from probecache.store.layout import Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import open_writer
 from probecache.types import Dtype, Identity, Positions
@@ -64,27 +57,10 @@ def blueprint_of(
 ) -> Blueprint:
     """The plan of a cache of these records; `tokens` are rows per example."""
     dataset = load_dataset(list(records))
-    rows: Counter[str] = Counter()
-    entries = []
-    for place, example in enumerate(dataset.examples):
-        start, count = rows[example.label], tokens[place] if tokens else 1
-        rows[example.label] += count
-        entries.append(
-            ExampleRecord(
-                idx=place,
-                id=example.id,
-                group=example.group,
-                label=example.label,
-                question=example.question,
-                answer=example.answer,
-                category=example.category,
-                rows=(start, start + count),
-                n_tokens=count,
-                input_tokens=count + 2,
-            )
-        )
-    prefixes = class_prefixes(dataset.labels)
-    counts = Counter(example.label for example in dataset.examples)
+    kept = tokens or [1] * len(dataset)
+    classes, entries = lay_out(
+        dataset.examples, kept, [count + 2 for count in kept], Positions(positions)
+    )
     return Blueprint(
         layers=tuple(layers),
         hidden_size=hidden,
@@ -92,11 +68,8 @@ def blueprint_of(
         positions=Positions(positions),
         num_examples=dataset.num_examples,
         origin=Origin(data="planted.json"),
-        classes={
-            label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
-            for label in dataset.labels
-        },
-        examples=tuple(entries),
+        classes=classes,
+        examples=entries,
     )
 
 

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all.
 
-Guarantee: after `write_bytes`, `commit_folder` or `commit_file` returns, the new content and its
+Guarantee: after `write_bytes` or `commit_folder` returns, the new content and its
 name are on disk; a kill or a power cut before that leaves the old state under the final name. Not
 covered: disks that acknowledge a flush they have not done, and network file systems.
 """

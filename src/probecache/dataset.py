@@ -27,7 +27,7 @@ from probecache.types import Example, Message
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["Dataset", "load_dataset", "parse_records", "unlimited_csv_fields"]
+__all__ = ["IN_MEMORY", "Dataset", "load_dataset", "parse_records", "unlimited_csv_fields"]
 
 IN_MEMORY = "records in memory"
 TESTING, DEPLOYMENT = "testing", "deployment"

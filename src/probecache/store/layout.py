@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from probecache.store.tensorfile import FileRecord, file_bytes
-from probecache.types import LAYER_CONVENTION, Dtype, Identity, Positions
+from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Positions
 
 __all__ = [
     "LAYER_INFO",
@@ -35,7 +36,7 @@ __all__ = [
     "activations_path",
     "class_prefixes",
     "encode_json",
-    "extended_manifest_bytes",
+    "lay_out",
 ]
 
 METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
@@ -160,6 +161,43 @@ def class_prefixes(labels: tuple[str, ...]) -> dict[str, str]:
     return prefixes
 
 
+def lay_out(
+    examples: Sequence[Example], kept: Sequence[int], fed: Sequence[int], positions: Positions
+) -> tuple[dict[str, ClassRecord], tuple[ExampleRecord, ...]]:
+    """Share out rows to examples in data order, each class from 0.
+
+    Args:
+        kept: tokens of each example that are kept.
+        fed: tokens of each example that the model is fed.
+    """
+    labels = tuple(dict.fromkeys(example.label for example in examples))
+    counts = Counter(example.label for example in examples)
+    rows: Counter[str] = Counter()
+    records = []
+    for index, (example, n_kept, n_fed) in enumerate(zip(examples, kept, fed, strict=True)):
+        start = rows[example.label]
+        rows[example.label] += 1 if positions.one_row else n_kept
+        records.append(
+            ExampleRecord(
+                idx=index,
+                id=example.id,
+                group=example.group,
+                label=example.label,
+                question=example.question,
+                answer=example.answer,
+                category=example.category,
+                rows=(start, rows[example.label]),
+                n_tokens=n_kept,
+                input_tokens=n_fed,
+            )
+        )
+    classes = {
+        label: ClassRecord(prefix=prefix, examples=counts[label], rows=rows[label])
+        for label, prefix in class_prefixes(labels).items()
+    }
+    return classes, tuple(records)
+
+
 def encode_json(content: Any) -> bytes:
     """Readable JSON in UTF-8, the same bytes for the same content."""
     return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -228,6 +266,11 @@ class Blueprint:
         size = len(encode_json(draft.model_dump(mode="json"))) + _MANIFEST_SLACK
         return -(-size // _BLOCK) * _BLOCK
 
+    def extended_manifest_bytes(self, cached: Iterable[int], identity: Identity) -> int:
+        """Exact bytes of layer_info.json once these layers have joined the cached ones."""
+        layers = tuple(sorted({*cached, *self.layers}))
+        return replace(self, layers=layers).manifest_bytes(identity)
+
     def total_bytes(self, identity: Identity) -> int:
         """Exact bytes of the whole cache."""
         return (
@@ -285,8 +328,3 @@ class Blueprint:
                 for name, (shape, dtype) in self.files().items()
             },
         )
-
-
-def extended_manifest_bytes(added: Blueprint, layers: Iterable[int], identity: Identity) -> int:
-    """Exact bytes of layer_info.json once a cache holds `layers`, those of `added` among them."""
-    return replace(added, layers=tuple(sorted(layers))).manifest_bytes(identity)

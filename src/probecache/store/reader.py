@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from probecache.dataset import IN_MEMORY
 from probecache.errors import LayerNotCachedError, StoreError, UsageError
 from probecache.store.layout import (
     LAYER_INFO,
@@ -156,7 +157,7 @@ class Cache:
             "--model": identity.model,
             "--revision": identity.revision,
             "--adapter": info.origin.adapter,
-            "--data": info.origin.data.replace("records in memory", "DATA"),
+            "--data": "DATA" if info.origin.data == IN_MEMORY else info.origin.data,
             "--layers": layer,
             "--output": str(self.path),
             "--dtype": str(info.dtype),

@@ -41,7 +41,6 @@ from probecache.store.layout import (
     LayerInfo,
     activations_path,
     encode_json,
-    extended_manifest_bytes,
 )
 from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import lay_down
@@ -182,7 +181,7 @@ class CacheWriter:
                     f"added {twice} meanwhile; run the command again to add what is still missing"
                 )
             merged = _merged(old, new)
-            size = extended_manifest_bytes(self.blueprint, merged.layers, merged.identity)
+            size = self.blueprint.extended_manifest_bytes(old.layers, merged.identity)
             content = encode_json(merged.model_dump(mode="json")).ljust(size)
             self._move_layers(new)
             write_bytes(self.final / LAYER_INFO, content)

@@ -27,9 +27,7 @@ from probecache.plan import (
     plan_batches,
 )
 from probecache.progress import Progress
-from probecache.store.layout import (
-    Blueprint,
-)
+from probecache.store.layout import Blueprint
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer, require_free_layers
 from probecache.types import Identity, Positions

@@ -106,6 +106,8 @@ def _plain(
         with torch.inference_mode():
             states = model.plain_hidden_states(ids)
             return {layer: states[layer].cpu() for layer in layers}
+    except ProbecacheError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise no_room(len(prompt)) from error
@@ -129,8 +131,6 @@ def _batched(
 
 def _unsupported(model: LoadedModel, error: Exception) -> ModelError:
     """Whatever an architecture that was not foreseen raises, as one line."""
-    if isinstance(error, ModelError):
-        return error
     return ModelError(
         f"expected {type(model.model).__name__} to run on token ids alone and to hand out its "
         f"hidden states, got: {one_line(error)}; this architecture is not supported"

@@ -9,7 +9,6 @@ Guarantee: nothing is written, and of a model only its config, tokenizer and hea
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -21,21 +20,9 @@ from probecache.dataset import Dataset, load_dataset
 from probecache.errors import OutputError
 from probecache.layers import parse_layers
 from probecache.models import ModelOptions, ModelSource, open_model
-from probecache.plan import (
-    count_distinct_prefixes,
-    estimate_working_set,
-    plan_batches,
-)
+from probecache.plan import count_distinct_prefixes, estimate_working_set, plan_batches
 from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
-from probecache.store.layout import (
-    LAYER_INFO,
-    Blueprint,
-    ClassRecord,
-    ExampleRecord,
-    Origin,
-    class_prefixes,
-    extended_manifest_bytes,
-)
+from probecache.store.layout import LAYER_INFO, Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.types import Identity, Positions, TokenizedPrompt
 
@@ -159,6 +146,7 @@ def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
 def work_out(
     prepared: Preparation, existing: Cache | None, blueprint: Blueprint, output: Path
 ) -> Plan:
+    """The cost of writing what `blueprint` still lacks in `existing`, or all of it, to `output`."""
     weight_bytes = prepared.source.weight_bytes(max(blueprint.layers)) if blueprint.layers else 0
     return Plan(
         model=prepared.request.model.model,
@@ -193,31 +181,12 @@ def _blueprint(
     positions: Positions,
     source: ModelSource,
 ) -> Blueprint:
-    rows: Counter[str] = Counter()
-    records = []
-    for index, (example, prompt) in enumerate(zip(dataset.examples, prompts, strict=True)):
-        start = rows[example.label]
-        rows[example.label] += 1 if positions.one_row else len(prompt.kept)
-        records.append(
-            ExampleRecord(
-                idx=index,
-                id=example.id,
-                group=example.group,
-                label=example.label,
-                question=example.question,
-                answer=example.answer,
-                category=example.category,
-                rows=(start, rows[example.label]),
-                n_tokens=len(prompt.kept),
-                input_tokens=len(prompt),
-            )
-        )
-    counts = Counter(example.label for example in dataset.examples)
-    prefixes = class_prefixes(dataset.labels)
-    classes = {
-        label: ClassRecord(prefix=prefixes[label], examples=counts[label], rows=rows[label])
-        for label in dataset.labels
-    }
+    classes, records = lay_out(
+        dataset.examples,
+        kept=[len(prompt.kept) for prompt in prompts],
+        fed=[len(prompt) for prompt in prompts],
+        positions=positions,
+    )
     return Blueprint(
         layers=layers,
         hidden_size=source.hidden_size,
@@ -230,7 +199,7 @@ def _blueprint(
             truncate=request.prompts.truncate,
         ),
         classes=classes,
-        examples=tuple(records),
+        examples=records,
     )
 
 
@@ -245,9 +214,8 @@ def _bytes_to_write(blueprint: Blueprint, identity: Identity, existing: Cache | 
         return blueprint.total_bytes(identity)
     if not blueprint.layers:
         return 0
-    layers = (*existing.layers, *blueprint.layers)
     before = (existing.path / LAYER_INFO).stat().st_size
-    manifest = extended_manifest_bytes(blueprint, layers, identity) - before
+    manifest = blueprint.extended_manifest_bytes(existing.layers, identity) - before
     return blueprint.bytes_per_layer * len(blueprint.layers) + manifest
 
 
