@@ -14,12 +14,17 @@ Knows a tokenizer only by what it can do (`Tokenizer`); transformers is not impo
 from __future__ import annotations
 
 import hashlib
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from probecache.errors import PromptError, UsageError
+from probecache.spans import spans_between, text_tokens
 from probecache.types import Example, Message, Positions, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -28,6 +33,10 @@ if TYPE_CHECKING:
     from probecache.dataset import Dataset
 
 __all__ = ["PromptOptions", "Tokenizer", "TokenizerFacts", "default_positions", "tokenize_dataset"]
+
+# Examples that are rendered and tokenised together. A larger chunk is no faster: its offsets,
+# two numbers in a tuple per token, outlive the collector's young generation.
+_CHUNK = 256
 
 
 class Tokenizer(Protocol):
@@ -85,24 +94,34 @@ def tokenize_dataset(
 
     Raises:
         UsageError: the options do not fit the data or the tokenizer.
-        PromptError: an example breaks one of the module's guarantees; names its row.
+        PromptError: an example breaks one of the module's guarantees; names the first such row.
     """
     positions = default_positions(options, dataset.paired)
     _check_options(dataset, tokenizer, options, positions)
-    renderer = _Renderer(tokenizer, facts, options, _uses_template(dataset, tokenizer, options))
+    templated = _uses_template(dataset, tokenizer, options)
+    renderer = _Renderer(tokenizer, facts, options, positions, templated, dataset.source)
     return [
-        _keep(renderer.render(example, dataset.source), positions, options, dataset.source)
-        for example in dataset.examples
+        prompt
+        for start in range(0, len(dataset), _CHUNK)
+        for prompt in _tokenize_chunk(renderer, dataset.examples[start : start + _CHUNK])
     ]
+
+
+def _tokenize_chunk(renderer: _Renderer, examples: Sequence[Example]) -> list[TokenizedPrompt]:
+    # A chunk goes through one check after the other, so what it stumbles over need not be its
+    # first bad row; one by one it is.
+    with suppress(PromptError):
+        return renderer.tokenize(examples)
+    return [prompt for example in examples for prompt in renderer.tokenize([example])]
 
 
 def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
     """SHA-256 over all ids and all kept indices."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(np.array([len(prompt.ids), len(prompt.kept)], dtype="<i8").tobytes())
-        digest.update(prompt.ids.astype("<i4").tobytes())
-        digest.update(prompt.kept.astype("<i4").tobytes())
+        digest.update(struct.pack("<qq", len(prompt.ids), len(prompt.kept)))
+        digest.update(prompt.ids.astype("<i4", copy=False).tobytes())
+        digest.update(prompt.kept.astype("<i4", copy=False).tobytes())
     return digest.hexdigest()
 
 
@@ -150,132 +169,208 @@ def _check_options(
 
 # ---------------------------------------------------------------- rendering
 
+_AROUND, _TEXT, _ANSWER, _END = range(4)  # what a token is part of
+
 
 @dataclass(frozen=True)
-class _Rendered:
-    """An input before positions are chosen: `content` marks the text's tokens, `answer` its end."""
+class _Body:
+    """What comes before an answer: ids, and which of them are the example's text."""
+
+    ids: list[int]
+    is_text: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The inputs of some examples end to end, before positions are chosen.
+
+    Attributes:
+        ids: int32 [tokens].
+        parts: int8 [tokens]: template and BOS, text, answer, or what the tokenizer puts last.
+        owners: int64 [tokens], index of the token's example, rising.
+        count: number of examples.
+    """
 
     ids: np.ndarray
-    content: np.ndarray
-    answer: np.ndarray
-    last: int
-    row: int
+    parts: np.ndarray
+    owners: np.ndarray
+    count: int
+
+    def per_example(self, mask: np.ndarray) -> np.ndarray:
+        """How many of each example's tokens a mask holds; int64 [count]."""
+        return np.bincount(self.owners[mask], minlength=self.count)
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """Tokens of the text or the answer; bool [tokens]."""
+        found: np.ndarray = (self.parts == _TEXT) | (self.parts == _ANSWER)
+        return found
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where each example starts, and the end of the last one; int64 [count + 1]."""
+        return np.searchsorted(self.owners, np.arange(self.count + 1))
+
+
+def _end_to_end(bodies: Sequence[_Body], answers: Sequence[list[int]], tail: list[int]) -> _Chunk:
+    inputs = list(zip(bodies, answers, strict=True))
+    ids = list(chain.from_iterable(body.ids + answer + tail for body, answer in inputs))
+    lengths = np.array([(len(body.ids), len(answer), len(tail)) for body, answer in inputs])
+    kinds = np.array([_TEXT, _ANSWER, _END], dtype=np.int8)
+    parts = np.repeat(np.tile(kinds, len(bodies)), lengths.ravel())
+    is_text = np.concatenate([body.is_text for body in bodies])
+    parts[parts == _TEXT] = np.where(is_text, _TEXT, _AROUND)
+    owners = np.repeat(np.arange(len(bodies)), lengths.sum(axis=1))
+    return _Chunk(np.array(ids, dtype=np.int32), parts, owners, len(bodies))
 
 
 class _Renderer:
-    """Renders examples one by one; remembers what the template puts around the messages."""
+    """Renders and tokenises examples; remembers what the template puts around the messages."""
 
     def __init__(
-        self, tokenizer: Tokenizer, facts: TokenizerFacts, options: PromptOptions, templated: bool
+        self,
+        tokenizer: Tokenizer,
+        facts: TokenizerFacts,
+        options: PromptOptions,
+        positions: Positions,
+        templated: bool,
+        source: str,
     ) -> None:
         self.tokenizer = tokenizer
         self.facts = facts
         self.options = options
+        self.positions = positions
         self.templated = templated
-        self.special = np.array(sorted(_special_ids(tokenizer)), dtype=np.int64)
+        self.source = source
+        self.special = np.array(sorted(_special_ids(tokenizer)), dtype=np.int32)
         self.head, self.tail = self._added_tokens()
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[list[str], list[int]]] = {}
 
-    def render(self, example: Example, source: str) -> _Rendered:
-        where = f"{source}, row {example.row}"
-        if self.templated:
-            ids, content = self._templated(example, where)
-        else:
-            ids, content = self._raw(example)
-        answer_ids = self._answer_ids(example, where)
+    def tokenize(self, examples: Sequence[Example]) -> list[TokenizedPrompt]:
+        """The inputs of examples of one dataset, in order.
+
+        Raises:
+            PromptError: names a row at fault; of several not always the first.
+        """
         tail = [] if self.templated or self.facts.causal else self.tail
-        ids, content = self._fit(ids, content, len(answer_ids) + len(tail), where)
-        inside = np.concatenate([content, np.ones(len(answer_ids), dtype=bool)])
-        self._check_one_bos(np.concatenate([ids, answer_ids]), inside, example, where)
-        count = len(ids) + len(answer_ids)
-        everything = np.concatenate([ids, answer_ids, np.array(tail, dtype=np.int64)])
-        is_answer = np.zeros(len(everything), dtype=bool)
-        is_answer[len(ids) : count] = True
-        is_content = is_answer.copy()
-        is_content[: len(ids)] = content
-        is_content &= ~np.isin(everything, self.special)
-        return _Rendered(everything, is_content, is_answer, count - 1, example.row)
+        bodies = self._bodies(examples)
+        chunk = _end_to_end(bodies, self._answers(examples), tail)
+        chunk = self._fit(chunk, examples)
+        self._check_one_bos(chunk, examples)
+        return self._keep(chunk, examples)
+
+    def _where(self, example: Example) -> str:
+        return f"{self.source}, row {example.row}"
 
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Special tokens that the tokenizer itself puts before and after a text."""
-        plain = _ids(self.tokenizer("a", add_special_tokens=False))
-        full = _ids(self.tokenizer("a"))
+        plain = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        full = list(self.tokenizer("a")["input_ids"])
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start], full[start + len(plain) :]
         return [], []
 
-    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and, per token, the characters [start, end) it stands for (zeros if unknown)."""
-        if not self.tokenizer.is_fast:
-            ids = _ids(self.tokenizer(text, add_special_tokens=False))
-            return np.array(ids, dtype=np.int64), np.zeros((len(ids), 2), dtype=np.int64)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return np.array(_ids(encoded), dtype=np.int64), _widened(offsets)
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
-    def _raw(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        body, _ = self._tokenize(example.messages[0].content)
-        ids = np.concatenate([np.array(self.head, dtype=np.int64), body])
-        content = np.ones(len(ids), dtype=bool)
-        content[: len(self.head)] = False
-        return ids, content
+    def _bodies(self, examples: Sequence[Example]) -> list[_Body]:
+        # The two sides of a pair have one prompt.
+        distinct: dict[tuple[Message, ...], Example] = {}
+        for example in examples:
+            distinct.setdefault(example.messages, example)
+        make = self._templated if self.templated else self._raw
+        made = dict(zip(distinct, make(list(distinct.values())), strict=True))
+        return [made[example.messages] for example in examples]
 
-    def _answer_ids(self, example: Example, where: str) -> np.ndarray:
-        if example.answer is None:
-            return np.array([], dtype=np.int64)
+    def _raw(self, examples: Sequence[Example]) -> list[_Body]:
+        texts = [example.messages[0].content for example in examples]
+        return [self._opened(ids, np.ones(len(ids), dtype=bool)) for ids in self._ids(texts)]
+
+    def _opened(self, ids: list[int], is_text: np.ndarray) -> _Body:
+        """A body with the tokens that the tokenizer opens every text with."""
+        return _Body(self.head + ids, np.append(np.zeros(len(self.head), dtype=bool), is_text))
+
+    def _answers(self, examples: Sequence[Example]) -> list[list[int]]:
+        texts = [self._answer(example) for example in examples]
+        distinct = list(dict.fromkeys(filter(None, texts)))
+        ids = dict(zip(distinct, self._ids(distinct), strict=True)) if distinct else {}
+        answers = [ids[text] if text else [] for text in texts]
+        for example, text, answer in zip(examples, texts, answers, strict=True):
+            if text and not answer:
+                raise PromptError(
+                    f"{self._where(example)}: expected the answer {text!r} to have tokens, got none"
+                )
+        return answers
+
+    def _answer(self, example: Example) -> str | None:
         answer, question = example.answer, example.messages[-1].content
-        if not self.templated and not (answer[0].isspace() or question[-1].isspace()):
-            answer = " " + answer  # raw text: keep the question's last word and the answer apart
-        ids = _ids(self.tokenizer(answer, add_special_tokens=False))
-        if not ids:
-            raise PromptError(f"{where}: expected the answer {answer!r} to have tokens, got none")
-        return np.array(ids, dtype=np.int64)
+        if answer is None or self.templated or answer[0].isspace() or question[-1].isspace():
+            return answer
+        return " " + answer  # raw text: keep the question's last word and the answer apart
 
     # -- chat template
 
-    def _templated(self, example: Example, where: str) -> tuple[np.ndarray, np.ndarray]:
-        messages = self._with_system(example)
-        generation = example.answer is not None
-        text = self._apply(messages, generation, where)
-        literals, order = self._layout_of(messages, generation, where)
-        spans = _spans_between(text, literals, [messages[number].content for number in order])
-        if spans is None:
-            raise PromptError(
-                f"{where}: expected the chat template to show every message as it is, but it "
-                "changes or drops some of the text, so text and template cannot be told apart; "
-                "use --no-chat-template"
-            )
-        if self.options.system_prompt is not None:
-            # The experimenter's frame, not the example's text.
-            spans = [span for span, number in zip(spans, order, strict=True) if number]
-        ids, offsets = self._tokenize(text)
-        content = np.zeros(len(ids), dtype=bool)
-        for start, stop in spans:
-            content |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-        if self.head and list(ids[: len(self.head)]) != self.head:
-            # The tokenizer opens every text with BOS and this template forgot it.
-            ids = np.concatenate([np.array(self.head, dtype=np.int64), ids])
-            content = np.concatenate([np.zeros(len(self.head), dtype=bool), content])
-        return ids, content
+    def _templated(self, examples: Sequence[Example]) -> list[_Body]:
+        conversations = [self._with_system(example) for example in examples]
+        generation = examples[0].answer is not None  # the same for all examples of a dataset
+        texts = self._apply(conversations, generation, self._where(examples[0]))
+        spans = [
+            self._text_spans(text, messages, generation, self._where(example))
+            for text, messages, example in zip(texts, conversations, examples, strict=True)
+        ]
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            ids = encoded["input_ids"]
+            is_text = text_tokens(encoded["offset_mapping"], spans, texts)
+        else:
+            # It does not say where its tokens stand; nor do the options allowed with it ask.
+            ids = self._ids(texts)
+            is_text = [np.zeros(len(tokens), dtype=bool) for tokens in ids]
+        # A template may have forgotten the BOS that the tokenizer opens every text with.
+        return [
+            _Body(tokens, marks)
+            if tokens[: len(self.head)] == self.head
+            else self._opened(tokens, marks)
+            for tokens, marks in zip(ids, is_text, strict=True)
+        ]
 
     def _with_system(self, example: Example) -> list[Message]:
         if self.options.system_prompt is None:
             return list(example.messages)
         return [Message("system", self.options.system_prompt), *example.messages]
 
-    def _apply(self, messages: Sequence[Message], generation: bool, where: str) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+    def _apply(
+        self, conversations: Sequence[Sequence[Message]], generation: bool, where: str
+    ) -> list[str]:
+        turns = [[{"role": m.role, "content": m.content} for m in c] for c in conversations]
         try:
-            text = self.tokenizer.apply_chat_template(
+            texts = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation
             )
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise PromptError(
                 f"{where}: expected the chat template to render the roles "
-                f"{', '.join(m.role for m in messages)}, but it refused: {error}"
+                f"{', '.join(m.role for m in conversations[0])}, but it refused: {error}"
             ) from error
-        return str(text)
+        return [str(text) for text in texts]
+
+    def _text_spans(
+        self, text: str, messages: Sequence[Message], generation: bool, where: str
+    ) -> list[tuple[int, int]]:
+        """Where the example's own messages stand in their rendering."""
+        literals, order = self._layout_of(messages, generation, where)
+        spans = spans_between(text, literals, [messages[number].content for number in order])
+        if spans is None:
+            raise PromptError(
+                f"{where}: expected the chat template to show every message as it is, but it "
+                "changes or drops some of the text, so text and template cannot be told apart; "
+                "use --no-chat-template"
+            )
+        if self.options.system_prompt is None:
+            return spans
+        # The experimenter's frame, not the example's text.
+        return [span for span, number in zip(spans, order, strict=True) if number]
 
     def _layout_of(
         self, messages: Sequence[Message], generation: bool, where: str
@@ -290,7 +385,7 @@ class _Renderer:
         if key not in self._layouts:
             marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
             marked = [Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)]
-            rest = self._apply(marked, generation, where)
+            rest = self._apply([marked], generation, where)[0]
             literals, order = [], sorted(range(len(marks)), key=lambda n: rest.find(marks[n]))
             for number in order:
                 literal, _, rest = rest.partition(marks[number])
@@ -300,51 +395,97 @@ class _Renderer:
 
     # -- limits
 
-    def _fit(
-        self, ids: np.ndarray, content: np.ndarray, extra: int, where: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _fit(self, chunk: _Chunk, examples: Sequence[Example]) -> _Chunk:
         limit = self.facts.context_length
-        excess = 0 if limit is None else len(ids) + extra - limit
-        if excess <= 0:
-            return ids, content
-        if not self.options.truncate:
-            raise PromptError(
-                f"{where}: expected at most {limit} tokens, the model's context, "
-                f"got {len(ids) + extra}; shorten the text or pass --truncate to cut its end"
-            )
-        text = np.flatnonzero(content)
-        if len(text) <= excess:
-            raise PromptError(
-                f"{where}: expected the template and the answer to leave room for text within "
-                f"{limit} tokens, but they fill it; shorten the answer or the system prompt"
-            )
-        keep = np.ones(len(ids), dtype=bool)
-        keep[text[-excess:]] = False
-        return ids[keep], content[keep]
+        lengths = np.diff(chunk.bounds)
+        if limit is None or not (lengths > limit).any():
+            return chunk
+        keep = np.ones(len(chunk.ids), dtype=bool)
+        for index in np.flatnonzero(lengths > limit).tolist():
+            where, length = self._where(examples[index]), int(lengths[index])
+            if not self.options.truncate:
+                raise PromptError(
+                    f"{where}: expected at most {limit} tokens, the model's context, "
+                    f"got {length}; shorten the text or pass --truncate to cut its end"
+                )
+            start, stop = chunk.bounds[index : index + 2]
+            text = start + np.flatnonzero(chunk.parts[start:stop] == _TEXT)
+            if len(text) <= length - limit:
+                raise PromptError(
+                    f"{where}: expected the template and the answer to leave room for text within "
+                    f"{limit} tokens, but they fill it; shorten the answer or the system prompt"
+                )
+            keep[text[limit - length :]] = False
+        return _Chunk(chunk.ids[keep], chunk.parts[keep], chunk.owners[keep], chunk.count)
 
-    def _check_one_bos(
-        self, ids: np.ndarray, inside: np.ndarray, example: Example, where: str
-    ) -> None:
+    def _check_one_bos(self, chunk: _Chunk, examples: Sequence[Example]) -> None:
+        before_end = chunk.parts != _END
+        lengths = chunk.per_example(before_end)
+        if not lengths.all():
+            raise PromptError(
+                f"{self._where(examples[int(lengths.argmin())])}: expected the text to have "
+                "tokens, got none; remove the row"
+            )
         bos = self.tokenizer.bos_token_id
-        if not len(ids):
-            raise PromptError(
-                f"{where}: expected the text to have tokens, got none; remove the row"
-            )
-        if bos is None or bos == self.tokenizer.eos_token_id:
+        if bos is None:
+            return
+        is_bos = chunk.ids == bos
+        counts = chunk.per_example(is_bos & before_end)
+        first = is_bos[chunk.bounds[:-1]]
+        if bos == self.tokenizer.eos_token_id:
             # Where one token both opens and closes, more of them are right; two in front are not.
-            wrong = bos is not None and bool(np.all(ids[:2] == bos)) and len(ids) > 1
+            second = is_bos[chunk.bounds[:-1] + (lengths > 1)]
+            wrong = first & second & (lengths > 1)
         else:
-            turns = sum(message.role == "user" for message in example.messages)
-            most = max(turns, 1) if self.templated else 1  # some templates open every turn with it
-            count = int(np.sum(ids == bos))
-            expected_first = bos in self.head or count > 0
-            wrong = count > most or (expected_first and int(ids[0]) != bos)
-        if wrong or bool(np.any(ids[inside] == bos)):
-            count = int(np.sum(ids == bos))
+            expected_first = (counts > 0) | (bos in self.head)
+            wrong = (counts > self._most_bos(examples)) | (expected_first & ~first)
+        wrong |= chunk.per_example(is_bos & chunk.inside) > 0
+        for index in np.flatnonzero(wrong).tolist():
             raise PromptError(
-                f"{where}: expected exactly one BOS token, at the start, got {count}; remove the "
-                "tokenizer's special tokens from the text, or mend the chat template"
+                f"{self._where(examples[index])}: expected exactly one BOS token, at the start, "
+                f"got {counts[index]}; remove the tokenizer's special tokens from the text, or "
+                "mend the chat template"
             )
+
+    def _most_bos(self, examples: Sequence[Example]) -> np.ndarray:
+        """Most BOS tokens that each example may have: some templates open every turn with one."""
+        if not self.templated:
+            return np.ones(len(examples), dtype=np.int64)
+        turns = [sum(message.role == "user" for message in e.messages) for e in examples]
+        return np.maximum(turns, 1)
+
+    # -- positions
+
+    def _keep(self, chunk: _Chunk, examples: Sequence[Example]) -> list[TokenizedPrompt]:
+        flat = np.flatnonzero(self._kept(chunk))
+        owners = chunk.owners[flat]
+        counts = np.bincount(owners, minlength=chunk.count)
+        if not counts.all():
+            raise PromptError(
+                f"{self._where(examples[int(counts.argmin())])}: expected text tokens to keep for "
+                f"--positions {self.positions}, got only special or template tokens; "
+                "remove the row"
+            )
+        kept = (flat - chunk.bounds[owners]).astype(np.int32)
+        # Views into two arrays of the chunk: an array's own header weighs as much as its numbers.
+        ids_at, kept_at = chunk.bounds.tolist(), [0, *np.cumsum(counts).tolist()]
+        return [
+            TokenizedPrompt(chunk.ids[a:b], kept[c:d])
+            for (a, b), (c, d) in zip(pairwise(ids_at), pairwise(kept_at), strict=True)
+        ]
+
+    def _kept(self, chunk: _Chunk) -> np.ndarray:
+        """Which tokens' residuals are wanted; bool [tokens]."""
+        kept = np.zeros(len(chunk.ids), dtype=bool)
+        if self.positions is Positions.LAST:
+            kept[chunk.bounds[:-1] + chunk.per_example(chunk.parts != _END) - 1] = True
+        elif self.positions is Positions.ANSWER:
+            kept[chunk.parts == _ANSWER] = True
+        elif self.options.keep_special_tokens:
+            kept[:] = True
+        else:
+            kept[chunk.inside & ~np.isin(chunk.ids, self.special)] = True
+        return kept
 
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
@@ -352,67 +493,3 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     special = set(tokenizer.all_special_ids)
     return special - ({unknown} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
-
-
-def _ids(encoded: Any) -> list[int]:
-    return list(encoded["input_ids"])
-
-
-def _widened(offsets: np.ndarray) -> np.ndarray:
-    """Offsets with their width given back to tokens of spaces alone.
-
-    Llama 3's tokenizer among others leaves spaces out of offsets, and such tokens nothing.
-    """
-    wide = offsets.copy()
-    for index in np.flatnonzero(offsets[:, 0] == offsets[:, 1]):
-        wide[index, 0] = wide[index - 1, 1] if index else 0
-        if wide[index, 0] == wide[index, 1] and index + 1 < len(offsets):
-            wide[index, 1] = max(wide[index, 1], offsets[index + 1, 0])
-    return wide
-
-
-def _spans_between(
-    text: str, literals: Sequence[str], contents: Sequence[str]
-) -> list[tuple[int, int]] | None:
-    """Where each content stands in `text` = literal content literal ... literal, or None.
-
-    A template may strip a content's white space on one side or both.
-    """
-    if not text.startswith(literals[0]):
-        return None
-    spans, at = [], len(literals[0])
-    for number, (content, literal) in enumerate(zip(contents, literals[1:], strict=True)):
-        is_last = number == len(contents) - 1
-        for variant in (content, content.strip(), content.rstrip(), content.lstrip()):
-            stop = at + len(variant)
-            if not text.startswith(variant, at) or not text.startswith(literal, stop):
-                continue
-            if not is_last or stop + len(literal) == len(text):
-                spans.append((at, stop))
-                at = stop + len(literal)
-                break
-        else:
-            return None
-    return spans
-
-
-# ---------------------------------------------------------------- positions
-
-
-def _keep(
-    rendered: _Rendered, positions: Positions, options: PromptOptions, source: str
-) -> TokenizedPrompt:
-    if positions is Positions.LAST:
-        kept = np.array([rendered.last])
-    elif positions is Positions.ANSWER:
-        kept = np.flatnonzero(rendered.answer)
-    elif options.keep_special_tokens:
-        kept = np.arange(len(rendered.ids))
-    else:
-        kept = np.flatnonzero(rendered.content)
-    if not len(kept):
-        raise PromptError(
-            f"{source}, row {rendered.row}: expected text tokens to keep for --positions "
-            f"{positions}, got only special or template tokens; remove the row"
-        )
-    return TokenizedPrompt(rendered.ids.astype(np.int32), kept.astype(np.int32))
