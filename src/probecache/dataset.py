@@ -17,7 +17,7 @@ import io
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,12 +67,24 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 over everything that an example says, so equal data in another file is equal."""
         digest = hashlib.sha256()
+        encoder = json.JSONEncoder(sort_keys=True)
         for example in self.examples:
-            fields = asdict(example)
-            del fields["row"]  # blank lines in a file change nothing
-            digest.update(json.dumps(fields, sort_keys=True).encode())
+            digest.update(encoder.encode(_said(example)).encode())
             digest.update(b"\n")
         return digest.hexdigest()
+
+
+def _said(example: Example) -> dict[str, Any]:
+    """All fields but the row: blank lines in a file change nothing."""
+    return {
+        "id": example.id,
+        "group": example.group,
+        "label": example.label,
+        "question": example.question,
+        "messages": [{"role": m.role, "content": m.content} for m in example.messages],
+        "answer": example.answer,
+        "category": example.category,
+    }
 
 
 def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
@@ -144,18 +156,20 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_doubles(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(fields)
+    if len(record) < len(fields):
+        raise ValueError(f"a field twice among {', '.join(name for name, _ in fields)[:200]}")
+    return record
+
+
 def _parse_json(text: str, where: str) -> Any:
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    def refuse_doubles(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(fields)
-        if len(record) < len(fields):
-            raise ValueError(f"a field twice among {', '.join(name for name, _ in fields)[:200]}")
-        return record
-
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_doubles)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_doubles)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected valid JSON, got: {error}") from error
 
@@ -212,24 +226,25 @@ def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
 def _form_of(record: Any, where: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object with named fields, got {_kind(record)}")
-    pairs = [answers for answers in _PAIR_ANSWERS if all(name in record for name in answers)]
+    pairs = [names for names in _PAIR_ANSWERS if record.keys() >= set(names)]
     if len(pairs) > 1:
         raise DataError(
             f"{where}: expected either positive and negative or test and deploy, got all four"
         )
     if pairs and "question" in record:
         return "pair"
-    if any(name in record for name in _TEXT_FIELDS) and any(n in record for n in _LABEL_FIELDS):
+    if not (record.keys().isdisjoint(_TEXT_FIELDS) or record.keys().isdisjoint(_LABEL_FIELDS)):
         return "labelled"
     fields = ", ".join(sorted(map(str, record))) or "none"
     raise DataError(f"{where}: expected {_FORMS}; got the fields {fields[:200]}")
 
 
 def _parse_pair(record: dict[str, Any], index: int, row: int, where: str) -> Iterable[Example]:
-    names = next(a for a in _PAIR_ANSWERS if all(name in record for name in a))
+    names = next(names for names in _PAIR_ANSWERS if record.keys() >= set(names))
     question = _text(record, "question", where)
     identifier = _optional(record, "id", where) or str(index)
     group = _optional(record, "group", where) or identifier
+    messages = (Message("user", question),)
     for label, name in zip((TESTING, DEPLOYMENT), names, strict=True):
         yield Example(
             row=row,
@@ -237,7 +252,7 @@ def _parse_pair(record: dict[str, Any], index: int, row: int, where: str) -> Ite
             group=group,
             label=label,
             question=question,
-            messages=(Message("user", question),),
+            messages=messages,
             answer=_text(record, name, where),
             category=_optional(record, "category", where),
         )
@@ -343,7 +358,8 @@ def _with_class_names(examples: list[Example]) -> Iterable[Example]:
     """Read `test` as testing and `deploy` as deployment, where the data holds no other class."""
     if not {example.label for example in examples} <= _CLASS_OF_WORD.keys():
         return examples
-    return (replace(e, label=_CLASS_OF_WORD[e.label]) for e in examples)
+    named = ((example, _CLASS_OF_WORD[example.label]) for example in examples)
+    return (e if e.label == name else replace(e, label=name) for e, name in named)
 
 
 def _check_classes(dataset: Dataset) -> None:

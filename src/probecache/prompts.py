@@ -272,7 +272,15 @@ class _Renderer:
         return [], []
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return list(self._encoded(texts)["input_ids"])
+
+    def _encoded(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
 
     def _bodies(self, examples: Sequence[Example]) -> list[_Body]:
         # The two sides of a pair have one prompt.
@@ -319,13 +327,14 @@ class _Renderer:
             self._text_spans(text, messages, generation, self._where(example))
             for text, messages, example in zip(texts, conversations, examples, strict=True)
         ]
+        encoded = self._encoded(texts)
+        ids = encoded["input_ids"]
         if self.tokenizer.is_fast:
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-            ids = encoded["input_ids"]
-            is_text = text_tokens(encoded["offset_mapping"], spans, texts)
+            # Asked for with the ids, the offsets of all texts would stand in memory together.
+            offsets = (encoding.offsets for encoding in encoded.encodings)
+            is_text = text_tokens(offsets, list(map(len, ids)), spans, texts)
         else:
             # It does not say where its tokens stand; nor do the options allowed with it ask.
-            ids = self._ids(texts)
             is_text = [np.zeros(len(tokens), dtype=bool) for tokens in ids]
         # A template may have forgotten the BOS that the tokenizer opens every text with.
         return [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["Span", "spans_between", "text_tokens"]
 
@@ -45,15 +45,18 @@ def spans_between(text: str, literals: Sequence[str], contents: Sequence[str]) -
 
 
 def text_tokens(
-    offsets: Sequence[Sequence[Span]], spans: Sequence[Sequence[Span]], texts: Sequence[str]
+    offsets: Iterable[Sequence[Span]],
+    counts: Sequence[int],
+    spans: Sequence[Sequence[Span]],
+    texts: Sequence[str],
 ) -> list[np.ndarray]:
     """For each of some texts, which of its tokens lie in its spans, if only in part; bool [tokens].
 
     Args:
         offsets: per text and token the characters that it stands for.
+        counts: tokens of each text.
         spans: per text, rising, none of them empty.
     """
-    counts = [len(pairs) for pairs in offsets]
     flat = chain.from_iterable(chain.from_iterable(offsets))
     places = np.fromiter(flat, dtype=np.int64, count=2 * sum(counts)).reshape(-1, 2)
     owners = np.repeat(np.arange(len(texts)), counts)

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from probecache.store.tensorfile import FileRecord, file_bytes
 from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Positions
@@ -58,25 +58,32 @@ class ClassRecord(BaseModel):
     rows: int = Field(ge=0)
 
 
-class ExampleRecord(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleRecord:
     """One entry of metadata.json.
 
     `rows` is [start, stop) in the class's activation files; `n_tokens` counts the tokens that
     these rows stand for (1 for `last`), `input_tokens` what the model was fed.
+
+    A dataclass and no model: a cache may hold a million, and a model takes five times the memory.
+    Its schema is checked where entries are read from a file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    idx: int = Field(ge=0)
+    idx: Annotated[int, Field(ge=0)]
     id: str
     group: str
-    label: str = Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class")
+    label: Annotated[
+        str,
+        Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class"),
+    ]
     question: str
     answer: str | None = None
     category: str | None = None
     rows: tuple[int, int]
-    n_tokens: int = Field(ge=1)
-    input_tokens: int = Field(ge=1)
+    n_tokens: Annotated[int, Field(ge=1)]
+    input_tokens: Annotated[int, Field(ge=1)]
 
 
 class Origin(BaseModel):
@@ -170,13 +177,13 @@ def lay_out(
         kept: tokens of each example that are kept.
         fed: tokens of each example that the model is fed.
     """
-    labels = tuple(dict.fromkeys(example.label for example in examples))
     counts = Counter(example.label for example in examples)
-    rows: Counter[str] = Counter()
+    rows = dict.fromkeys(counts, 0)
+    one_row = positions.one_row
     records = []
     for index, (example, n_kept, n_fed) in enumerate(zip(examples, kept, fed, strict=True)):
         start = rows[example.label]
-        rows[example.label] += 1 if positions.one_row else n_kept
+        rows[example.label] = stop = start + (1 if one_row else n_kept)
         records.append(
             ExampleRecord(
                 idx=index,
@@ -186,14 +193,14 @@ def lay_out(
                 question=example.question,
                 answer=example.answer,
                 category=example.category,
-                rows=(start, rows[example.label]),
+                rows=(start, stop),
                 n_tokens=n_kept,
                 input_tokens=n_fed,
             )
         )
     classes = {
         label: ClassRecord(prefix=prefix, examples=counts[label], rows=rows[label])
-        for label, prefix in class_prefixes(labels).items()
+        for label, prefix in class_prefixes(tuple(counts)).items()
     }
     return classes, tuple(records)
 
@@ -240,11 +247,9 @@ class Blueprint:
     @cached_property
     def metadata(self) -> bytes:
         """Content of metadata.json."""
-        entries = [
-            record.model_dump(by_alias=True, exclude_none=True, mode="json")
-            for record in self.examples
-        ]
-        return encode_json(entries)
+        # The bytes that encode_json gives, without a million small strings on the way.
+        entries = TypeAdapter(tuple[ExampleRecord, ...])
+        return entries.dump_json(self.examples, indent=1, by_alias=True, exclude_none=True) + b"\n"
 
     def tokens_bytes(self) -> int:
         """Exact bytes of tokens.pt; 0 where there is none."""
