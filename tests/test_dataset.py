@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import string
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +122,16 @@ def test_the_fingerprint_tells_any_change_of_a_record(field):
     assert (
         load_dataset([record, other]).fingerprint() != load_dataset([changed, other]).fingerprint()
     )
+
+
+def test_the_fingerprint_is_over_every_field_of_every_example_but_the_row():
+    turns = [{"role": "system", "content": "ä"}, {"role": "user", "content": "q"}]
+    dataset = load_dataset([{"messages": turns, "type": "x", "id": 7}, {"text": "p", "type": "y"}])
+    digest = hashlib.sha256()
+    for example in dataset.examples:
+        fields = {k: v for k, v in asdict(example).items() if k != "row"}
+        digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+    assert dataset.fingerprint() == digest.hexdigest()
 
 
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):

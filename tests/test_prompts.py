@@ -22,7 +22,9 @@ from tokenizers import (
     trainers,
 )
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_python import PythonBackend
 
+from probecache import prompts
 from probecache.dataset import load_dataset
 from probecache.errors import PromptError, UsageError
 from probecache.prompts import PromptOptions, TokenizerFacts, fingerprint, tokenize_dataset
@@ -528,6 +530,152 @@ def test_no_room_for_any_text_is_refused_even_when_truncating(tokenizers):
     facts = TokenizerFacts(context_length=8, causal=True)
     with pytest.raises(PromptError, match="row 1: expected the template and the answer to leave"):
         run([pair()], tokenizers["trimmed"], facts, truncate=True)
+
+
+# ---------------------------------------------------------------- many at once
+
+TRICKY = [
+    "  spaces around \n",
+    "🙂 ä 測試\u2028x",
+    "user",
+    "   a  b   c",
+    "hello <|end|> there",
+    "word " * 60,
+    "\t\n x",
+    "assistant\n\nuser",
+    "hello world",
+    "hello world",
+]
+TURNS = [*user("one  two"), {"role": "assistant", "content": " three"}, *user("user four ")]
+
+
+class SlowTokenizer(PythonBackend):
+    """A letter a token."""
+
+    def __init__(self, **options):
+        self.letters = {"<s>": 0, "</s>": 1, "<unk>": 2} | {chr(c): c for c in range(32, 127)}
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options)
+
+    @property
+    def vocab_size(self):
+        return 127
+
+    def get_vocab(self):
+        return self.letters | self.added_tokens_encoder
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters.get(token, 2)
+
+    def _convert_id_to_token(self, index):
+        return next(token for token, number in self.letters.items() if number == index)
+
+
+def labelled(texts):
+    return [{"text": text, "label": "ab"[place % 2]} for place, text in enumerate(texts)]
+
+
+def kinds_of_data():
+    turns = [{"messages": TURNS, "label": "a"}, {"messages": TURNS[:1], "label": "b"}]
+    answers = ["(A)", " (A)", "  ", "no, I am not"]
+    pairs = [
+        pair(text, answers[place % 2] + "x", answers[place % 4] + "y")
+        for place, text in enumerate(TRICKY)
+    ]
+    for name in TEMPLATES:
+        for positions in ("all", "last"):
+            yield made_once(name), [*labelled(TRICKY), *turns], {"positions": positions}
+        yield made_once(name), pairs, {"positions": "all", "truncate": True}
+        yield made_once(name), pairs, {"positions": "answer", "chat_template": False}
+    for name in ("trimmed", "own system", "system last"):
+        yield made_once(name), labelled(TRICKY), {"positions": "mean", "system_prompt": "user"}
+        yield made_once(name), pairs, {"positions": "all", "keep_special_tokens": True}
+    yield make_encoder(), labelled(["Hello worlds", "hello " * 99, "x hello"]), {"truncate": True}
+    for template in (ROLE_TRIMMED, None):
+        slow = SlowTokenizer()
+        slow.chat_template = template
+        options = {"positions": "all", "keep_special_tokens": True}
+        yield slow, labelled(["hello world", " two\n", "(A)"]), options
+
+
+@pytest.mark.parametrize(("tokenizer", "records", "options"), list(kinds_of_data()))
+def test_prompts_made_together_are_those_made_one_by_one(monkeypatch, tokenizer, records, options):
+    truncated = options.get("truncate", False)
+    facts = TokenizerFacts(context_length=64 if truncated else None, causal=tokenizer.is_fast)
+    found = {}
+    for size in (1, 3, 1000):
+        monkeypatch.setattr(prompts, "_CHUNK", size)
+        found[size] = [
+            (p.ids.tolist(), p.kept.tolist(), p.ids.dtype, p.kept.dtype)
+            for p in run(records, tokenizer, facts, **options)
+        ]
+    assert found[1] == found[3] == found[1000]
+    assert not truncated or max(len(ids) for ids, *_ in found[1]) <= 64
+
+
+BAD = {  # in the order in which a chunk is checked; each by its own words
+    "role": ({"messages": [{"role": "system", "content": "x"}, *user("y")]}, "no system role"),
+    "long": ({"text": "word " * 99}, "expected at most 60 tokens"),
+    "bos": ({"text": "x <|begin|>"}, "exactly one BOS"),
+    "special": ({"text": "<|end|>"}, "expected text tokens to keep"),
+}
+
+
+@pytest.mark.parametrize("first", BAD)
+def test_the_first_bad_row_is_told_whatever_is_wrong_with_later_ones(tokenizers, first):
+    good = {"text": "fine"}
+    later = [record for name, (record, _) in BAD.items() if name != first]
+    records = [
+        record | {"label": "ab"[place % 2]}
+        for place, record in enumerate([good, good, BAD[first][0], *later, good])
+    ]
+    facts = TokenizerFacts(context_length=60, causal=True)
+    with pytest.raises(PromptError, match=f"row 3: .*{BAD[first][1]}"):
+        run(records, tokenizers["no system"], facts, positions="all")
+
+
+class Counting:
+    """A tokenizer that counts how often it is asked."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        return self.tokenizer(*arguments, **options)
+
+    def apply_chat_template(self, *arguments, **options):
+        self.calls += 1
+        return self.tokenizer.apply_chat_template(*arguments, **options)
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_the_tokenizer_is_asked_for_many_prompts_at_a_time(tokenizers, templated):
+    tokenizer = Counting(tokenizers["trimmed"])
+    records = labelled([f"text {number}" for number in range(1500)])
+    assert len(run(records, tokenizer, chat_template=templated)) == 1500
+    assert tokenizer.calls < 50
+    tokenizer.calls = 0
+    run([pair(f"text {n}", f"yes {n}", f"no {n}") for n in range(750)], tokenizer)
+    assert tokenizer.calls < 50
+
+
+def test_a_question_that_both_sides_of_a_pair_share_is_tokenised_once(tokenizers):
+    class Seeing(Counting):
+        texts = 0
+
+        def apply_chat_template(self, conversations, **options):
+            self.texts += len(conversations)
+            return self.tokenizer.apply_chat_template(conversations, **options)
+
+    tokenizer = Seeing(tokenizers["trimmed"])
+    run([pair(f"text {number}") for number in range(20)], tokenizer)
+    assert tokenizer.texts == 20 + 1  # and the conversation of marks
 
 
 # ---------------------------------------------------------------- the fingerprint

@@ -24,7 +24,7 @@ from synthetic import IDENTITY, blueprint_of, labelled, rows_of, write_cache
 from probecache.errors import LayerNotCachedError, OutputError, StoreError, UsageError
 from probecache.fit import fit_difference_of_means
 from probecache.store.describe import describe
-from probecache.store.layout import class_prefixes
+from probecache.store.layout import class_prefixes, encode_json
 from probecache.store.reader import open_cache
 from probecache.store.tensorfile import file_bytes
 from probecache.store.vectors import load_vectors, save_run
@@ -110,6 +110,21 @@ def test_every_entry_of_the_metadata_says_where_its_rows_are(token_cache):
     assert [entry["rows"] for entry in entries] == [[0, 2], [0, 3], [3, 4], [2, 4], [4, 5]]
     assert [entry["n_tokens"] for entry in entries] == [2, 3, 1, 2, 1]
     assert entries[0]["question"] == "question 0"
+
+
+def test_the_metadata_are_readable_json_in_the_same_bytes_as_pythons():
+    odd = "".join(map(chr, range(1, 0x300))) + '"\\/\u2028\ufeff\uffff🙂'
+    records = [
+        {"question": odd, "type": "x", "id": "é", "category": odd, "group": "g"},
+        {"question": "plain", "type": "y"},
+    ]
+    entries = [
+        {"idx": 0, "id": "é", "group": "g", "class": "x", "question": odd, "category": odd},
+        {"idx": 1, "id": "1", "group": "1", "class": "y", "question": "plain"},
+    ]
+    for entry in entries:
+        entry |= {"rows": [0, 1], "n_tokens": 1, "input_tokens": 3}
+    assert blueprint_of(records, [0], 2).metadata == encode_json(entries)
 
 
 def test_the_manifest_says_what_the_guide_reads(cache):

@@ -275,12 +275,8 @@ class _Renderer:
         return list(self._encoded(texts)["input_ids"])
 
     def _encoded(self, texts: list[str]) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
+        unused = {"return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(texts, add_special_tokens=False, **unused)
 
     def _bodies(self, examples: Sequence[Example]) -> list[_Body]:
         # The two sides of a pair have one prompt.
@@ -306,9 +302,8 @@ class _Renderer:
         answers = [ids[text] if text else [] for text in texts]
         for example, text, answer in zip(examples, texts, answers, strict=True):
             if text and not answer:
-                raise PromptError(
-                    f"{self._where(example)}: expected the answer {text!r} to have tokens, got none"
-                )
+                where = self._where(example)
+                raise PromptError(f"{where}: expected the answer {text!r} to have tokens, got none")
         return answers
 
     def _answer(self, example: Example) -> str | None:
