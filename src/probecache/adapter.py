@@ -38,13 +38,18 @@ class Adapter:
             digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()
 
-    def apply(self, shell: Any, block_of: Callable[[str], int | None], blocks: int) -> None:
+    def apply(
+        self, shell: Any, block_of: Callable[[str], int | None], blocks: int
+    ) -> frozenset[int | None]:
         """Put the adapter into a model, in place.
 
         Args:
             shell: the model with its head, whose names the adapter's weights bear.
             block_of: the block that a weight belongs to, by its name.
             blocks: how many blocks the whole model has.
+
+        Returns:
+            The blocks that it changes; None stands for something outside.
 
         Raises:
             ModelError: the adapter is not one of this model.
@@ -55,8 +60,11 @@ class Adapter:
             # Peft warns of what is refused below, and of its own future.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                adapted = PeftModel.from_pretrained(shell, str(self.folder), is_trainable=False)
-                self._require_whole(adapted, block_of, blocks)
+                # On the CPU the file is mapped, so what a part of the model lacks is not read.
+                adapted = PeftModel.from_pretrained(
+                    shell, str(self.folder), is_trainable=False, torch_device="cpu"
+                )
+                return self._require_whole(adapted, block_of, blocks)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise ModelError(
                 f"expected an adapter for this model in {self.name}, got: {one_line(error)}"
@@ -64,7 +72,7 @@ class Adapter:
 
     def _require_whole(
         self, adapted: Any, block_of: Callable[[str], int | None], blocks: int
-    ) -> None:
+    ) -> frozenset[int | None]:
         """Peft skips what does not fit with a warning at most; half an adapter is another model."""
         from peft import get_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTuner
@@ -78,11 +86,13 @@ class Adapter:
         ):
             raise ValueError(f"one of the type {config.peft_type.value}, not inside the blocks")
         stored = {tensor.name for tensor in read_header(self.folder / _WEIGHTS)}
-        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        missing = wanted - stored
         if missing:
             raise ValueError(f"one without the weights {min(missing)}")
         if any((block_of(name) or 0) >= blocks for name in stored):
             raise ValueError("one of a deeper model")
+        return frozenset(map(block_of, wanted))
 
 
 def find_adapter(name: str, settings: Sequence[str]) -> Adapter:
