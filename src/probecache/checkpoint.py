@@ -148,15 +148,17 @@ class Weights:
 
     def of_block(self, index: int) -> list[StoredTensor]:
         """Tensors of one block."""
-        return [self._stored(name) for name in self._by_block.get(index, [])]
+        return [self._stored(name) for name in self._names(range(index, index + 1), False)]
 
-    def absent_files(self, blocks: range) -> list[str]:
-        """Files with needed tensors that are not on this machine."""
-        files = sorted({self.shards[name] for name in self._names(blocks)})
+    def absent_files(self, blocks: range, outside: bool = True) -> list[str]:
+        """Files that are not on this machine, of tensors in these blocks and outside of all."""
+        names = self._names(blocks, outside)
+        files = sorted({self.shards[name] for name in names})
         return [file for file in files if not (self.folder / file).is_file()]
 
-    def _names(self, blocks: range) -> list[str]:
-        return [name for block in (None, *blocks) for name in self._by_block.get(block, [])]
+    def _names(self, blocks: range, outside: bool = True) -> list[str]:
+        places = [None, *blocks] if outside else blocks
+        return [name for place in places for name in self._by_block.get(place, [])]
 
     @cached_property
     def _by_block(self) -> dict[int | None, list[str]]:

@@ -283,13 +283,15 @@ class ModelSource:
         Raises:
             ModelError: the hub cannot be reached, or does not have a file.
         """
+        self._fetch(_blocks(depth, start))
+
+    def _fetch(self, blocks: range, outside: bool = True) -> None:
         if self._is_local:
             return  # a missing file is named when it is opened
-        blocks = _blocks(depth, start)
-        absent = self.weights.absent_files(blocks)
+        absent = self.weights.absent_files(blocks, outside)
         if absent:
             folder_of(self.options.model, self.folder.name, [*_SETTINGS_FILES, *absent])
-            absent = self.weights.absent_files(blocks)
+            absent = self.weights.absent_files(blocks, outside)
         if absent:
             raise ModelError(
                 f"expected {absent[0]} of {self.options.model} on this machine or on the hub, got "
@@ -375,6 +377,7 @@ class ModelSource:
         Raises:
             ModelError: the files are not what they should be.
         """
+        self._fetch(range(index, index + 1), outside=False)
         return self.reader.read_block(self.weights.of_block(index))
 
     def build_block(self, index: int, weights: BlockWeights) -> torch.nn.Module:
@@ -388,7 +391,7 @@ class ModelSource:
     def _load(self, blocks: range, loader: Loader) -> LoadedModel:
         if blocks.start > 0 or not blocks:
             self._check_independent(blocks.stop)
-        self.fetch_weights(blocks.stop, blocks.start)
+        self._fetch(blocks)
         needed = self.weights.needed(blocks)
         return loader.model({one.name: LazyTensor(one, self.reader) for one in needed}, blocks)
 
