@@ -75,7 +75,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_clear_line(hub: Path, tmp_path: 
 
 
 class Remote:
-    """A repository on the hub, and what was asked of it; its snapshot fills as files are fetched."""
+    """A repository on the hub, and what was asked of it; fetched files go to its snapshot."""
 
     def __init__(self, files: Path, snapshot: Path) -> None:
         self.files, self.snapshot = files, snapshot

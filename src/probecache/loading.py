@@ -26,7 +26,29 @@ if TYPE_CHECKING:
 
     from probecache.reading import BlockWeights
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "find_device"]
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; without one the best there is.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    import torch
+
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"expected the device {name} to be there, got: {one_line(error)}; pass --device"
+        ) from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -76,8 +98,8 @@ class Loader:
             spared.extend(_taken(everything, range(blocks.start)))
             return model
 
-        model, missing = self._filled(cut, tensors)
-        self._require_none(name for name in missing if "pooler" not in name)
+        model, report = self._filled(cut, tensors)
+        self._require_none(name for name in report["missing_keys"] if "pooler" not in name)
         self._adapt_model(model, blocks)
         loaded = LoadedModel(model.eval(), blocks.stop)
         insert_pass_throughs(loaded, spared)
@@ -90,17 +112,21 @@ class Loader:
             ModelError: as `model`.
         """
         weights.wait()
-        frame, missing = self._filled(lambda config: self._framed(config, index), weights.tensors)
+        frame, report = self._filled(lambda config: self._framed(config, index), weights.tensors)
         path, blocks = find_blocks(frame, self.num_blocks)
+        missing = report["missing_keys"]
         self._require_none(name for name in missing if name.startswith(f"{path}.{index}."))
+        if getattr(self.config, "quantization_config", None) is not None:
+            # A scale that finds no place means numbers that are wrong by it.
+            self._require_none(report["unexpected_keys"])
         block: torch.nn.Module = blocks[index]
         self._adapt_block(block, index)
         return block.eval()
 
     def _filled(
         self, make: Callable[[Any], Any], tensors: Mapping[str, Any]
-    ) -> tuple[Any, list[str]]:
-        """What `make` builds of the config, with weights; and names of those it lacks."""
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """What `make` builds of the config, with weights; and what transformers says of them."""
         import torch
 
         files = {} if self.folder is None else {"use_safetensors": True}
@@ -130,7 +156,7 @@ class Loader:
         except Exception as error:  # transformers raises many kinds; none should end in a traceback
             raise ModelError(f"expected to load {self.name}, got: {one_line(error)}") from error
         self._require_none(map(str, report["mismatched_keys"]))
-        return model, list(report["missing_keys"])
+        return model, report
 
     def _require_none(self, wrong: Iterable[str]) -> None:
         # Transformers fills missing weights with noise and goes on; a probe of noise looks real.
@@ -147,7 +173,7 @@ class Loader:
             model = self.kind(config)
             path, blocks = find_blocks(model, self.num_blocks)
             spared = _taken(blocks, range(len(blocks)))
-            _empty(model, path.split("."))
+            _empty(model, path)
             self._frame.extend([model, blocks, spared])
         model, blocks, spared = self._frame
         placeholder, blocks[index] = blocks[index], spared[index]
@@ -241,15 +267,27 @@ def _taken(blocks: Any, places: range) -> list[Any]:
     return taken
 
 
-def _empty(module: Any, path: list[str]) -> None:
-    """Leave of a model's modules only those that lead to its blocks."""
+def _empty(model: Any, path: str) -> None:
+    """Leave of a model's modules only those that lead to its blocks.
+
+    One parameter behind the blocks stays by name: quantisers spare whatever comes last in a model.
+    """
     import torch
 
-    for name, child in list(module.named_children()):
-        if name != path[0]:
-            setattr(module, name, torch.nn.Module())
-        elif len(path) > 1:
-            _empty(child, path[1:])
+    last = [name for name, _ in model.named_parameters() if not name.startswith(f"{path}.")][-1:]
+    kept = ["", *(path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1))]
+    for name, _ in list(model.named_modules()):
+        if name not in (*kept, path) and name.rpartition(".")[0] in kept:
+            model.set_submodule(name, torch.nn.Module())
+    for name in last:
+        *parents, leaf = name.split(".")
+        module = model
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        if not hasattr(module, leaf):
+            module.register_parameter(leaf, torch.nn.Parameter(torch.empty(1)))
 
 
 def _ready(kind: type, make: Callable[[Any], Any]) -> type:

@@ -25,7 +25,7 @@ from probecache.adapter import Adapter, find_adapter
 from probecache.checkpoint import Naming, Weights, folder_of
 from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
-from probecache.loading import Loader
+from probecache.loading import Loader, find_device
 from probecache.prompts import TokenizerFacts
 from probecache.reading import BlockWeights, LazyTensor, WeightReader
 from probecache.types import Dtype
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["ModelOptions", "ModelSource", "open_model"]
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Transformers hands these quantisers nothing but the names of the checkpoint's files.
+_WANT_FILES = ("torchao",)
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -288,6 +290,8 @@ class ModelSource:
     def _fetch(self, blocks: range, outside: bool = True) -> None:
         if self._is_local:
             return  # a missing file is named when it is opened
+        if self._wants_files:
+            blocks = range(self.num_hidden_layers)
         absent = self.weights.absent_files(blocks, outside)
         if absent:
             folder_of(self.options.model, self.folder.name, [*_SETTINGS_FILES, *absent])
@@ -342,7 +346,7 @@ class ModelSource:
         """What reads the weights; it counts their bytes."""
         import torch
 
-        device = self._device()
+        device = find_device(self.options.device)
         direct = device.type == "cuda" and self.options.device_map is None and _has_accelerate()
         return WeightReader(device if direct else torch.device("cpu"))
 
@@ -389,21 +393,32 @@ class ModelSource:
         return self._single_loader.block(index, weights)
 
     def _load(self, blocks: range, loader: Loader) -> LoadedModel:
-        if blocks.start > 0 or not blocks:
-            self._check_independent(blocks.stop)
+        if blocks.start > 0:
+            self._check_parts(blocks.stop)
         self._fetch(blocks)
         needed = self.weights.needed(blocks)
         return loader.model({one.name: LazyTensor(one, self.reader) for one in needed}, blocks)
 
-    def _check_independent(self, depth: int) -> None:
-        """Refuse to part blocks of which one computes with what another one left behind."""
+    def _check_parts(self, depth: int) -> None:
+        """Refuse to part blocks that cannot be loaded, or do not compute, one without another."""
         shared = getattr(self.text_config, "num_kv_shared_layers", None) or 0
+        what = None
         if depth > self.num_hidden_layers - shared:
-            raise ModelError(
-                f"expected blocks that stand alone, got {self.architecture}, whose last {shared} "
-                "blocks take keys and values from earlier ones; it cannot be streamed or continued "
-                f"from a cached layer beyond layer {self.num_hidden_layers - shared}"
+            what = (
+                f"{self.architecture}, whose last {shared} take keys and values from earlier ones"
             )
+        if self._wants_files:
+            what = "a quantisation that has to read the whole checkpoint itself"
+        if what is not None:
+            raise ModelError(
+                f"expected blocks that stand alone, got {what}; this model cannot be streamed or "
+                "continued from a cached layer: keep it in memory as a whole"
+            )
+
+    @property
+    def _wants_files(self) -> bool:
+        """Whether the quantiser reads the files' own metadata, which a state dict has not."""
+        return json.loads(self.quantization or "{}").get("quant_method") in _WANT_FILES
 
     @cached_property
     def _loader(self) -> Loader:
@@ -419,7 +434,7 @@ class ModelSource:
         """
         import torch
 
-        device = self._device()
+        device = find_device(self.options.device)
         return Loader(
             name=self.options.model,
             kind=type(self._shell),
@@ -430,6 +445,7 @@ class ModelSource:
             device=device,
             device_map=str(device) if device.type != "cpu" and _has_accelerate() else None,
             adapter=self.adapter,
+            folder=self.folder if self._wants_files else None,
         )
 
     def check_device(self) -> None:
@@ -440,25 +456,7 @@ class ModelSource:
                 f"expected --device-map to be {', '.join(_DEVICE_MAPS)}, got {wanted!r}; auto "
                 "suits most"
             )
-        self._device()
-
-    def _device(self) -> torch.device:
-        import torch
-
-        if self.options.device is not None:
-            name = self.options.device
-        elif torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ModelError(
-                f"expected the device {name} to be there, got: {one_line(error)}; pass --device"
-            ) from error
-        return device
+        find_device(self.options.device)
 
 
 # ---------------------------------------------------------------- files and config
