@@ -66,6 +66,17 @@ def states(loaded):
     return caught
 
 
+def instead(hidden):
+    """A hook that gives a block this residual stream."""
+
+    def hook(_module, arguments, options):
+        if arguments:
+            return (hidden, *arguments[1:]), options
+        return arguments, {**options, "hidden_states": hidden}
+
+    return hook
+
+
 def deepest(name):
     """Blocks up to which none needs another: the last two of this Gemma 4 share keys and values."""
     return 2 if name == "gemma4" else BLOCKS
@@ -126,6 +137,13 @@ def test_a_model_from_a_block_on_goes_on_where_the_lower_ones_ended(folders, nam
     for found, expected in zip(loaded.blocks[start:], complete.blocks[start:], strict=True):
         assert_same(found, expected)
     assert all(t.is_meta for block in loaded.blocks[:start] for t in block.parameters())
+    if start < depth:
+        reached = states(complete)
+        loaded.blocks[start].register_forward_pre_hook(
+            instead(reached[start - 1]), with_kwargs=True
+        )
+        for found, expected in zip(states(loaded)[start:], reached[start:], strict=True):
+            assert torch.equal(found, expected)
 
 
 # ---------------------------------------------------------------- pass-throughs

@@ -91,12 +91,15 @@ class WeightReader:
 
         To a CUDA device they go through pinned memory on a stream of their own: see
         `BlockWeights.wait`.
+
+        Raises:
+            ModelError: as `read`, or the device is full.
         """
         on_cuda = self.device.type == "cuda"
         with ThreadPoolExecutor(_THREADS) as pool:
             read = list(pool.map(lambda one: self._read_to_memory(one, pinned=on_cuda), stored))
         tensors = {one.name: tensor for one, tensor in zip(stored, read, strict=True)}
-        return self._copied(tensors) if on_cuda else BlockWeights(tensors)
+        return self._copied(tensors) if on_cuda and tensors else BlockWeights(tensors)
 
     def _copied(self, pinned: dict[str, torch.Tensor]) -> BlockWeights:
         import torch
@@ -104,10 +107,16 @@ class WeightReader:
         if not self._streams:
             self._streams.append(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
         stream = self._streams[0]
-        with torch.cuda.stream(stream):
-            copies = {n: t.to(self.device, non_blocking=True) for n, t in pinned.items()}
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(stream)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                copies = {n: t.to(self.device, non_blocking=True) for n, t in pinned.items()}
+                ready.record(stream)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"expected room for the weights of two blocks on {self.device}, got: "
+                f"{one_line(error)}; use smaller batches"
+            ) from error
         return BlockWeights(copies, ready)
 
     def _read_to_memory(self, stored: StoredTensor, *, pinned: bool) -> torch.Tensor:
