@@ -193,6 +193,7 @@ SETTINGS = [
     {"target_modules": "all-linear", "use_dora": True},
     {"layers_to_transform": [0, 3]},
     {"layers_to_transform": [3], "modules_to_save": ["embed_tokens"]},
+    {"init_lora_weights": "pissa"},
     {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
 ]
 

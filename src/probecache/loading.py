@@ -238,7 +238,7 @@ class Loader:
         places = find_blocks(base, self.num_blocks)[1]
         for index, block in enumerate(blocks):
             places[index] = copy.deepcopy(block)
-        return self.adapter.apply(shell, self.naming.block_of, self.num_blocks)
+        return self.adapter.reach(shell, self.naming.block_of, self.num_blocks)
 
     @cached_property
     def _headed(self) -> tuple[Any, list[Any]]:
