@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import probecache
 from probecache.errors import MismatchError, ModelError
+from probecache.models import ModelOptions, open_model
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -153,6 +154,85 @@ def test_the_identity_tells_adapters_apart(models, tmp_path):
     for adapter in (str(other), None):
         with pytest.raises(MismatchError, match="adapter: expected"):
             extracted(folder, tmp_path / "first", layers=[3], adapter=adapter)
+
+
+# ---------------------------------------------------------------- block by block
+
+
+def contents(module):
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def assert_streamed_is_resident(folder, adapter, depth, **options):
+    def source():
+        choice = ModelOptions(str(folder), adapter=str(adapter), device="cpu", **options)
+        return open_model(choice)
+
+    parts, whole = source(), source().load(depth)
+    loaded = parts.skeleton(depth)
+    for index in range(depth):
+        loaded.blocks[index] = parts.build_block(index, parts.read_block(index))
+    found, expected = contents(loaded.model), contents(whole.model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    ids = torch.tensor([token_ids(folder, TEXTS[0])])
+    with torch.inference_mode():
+        assert torch.equal(loaded.forward(ids, None)[0], whole.forward(ids, None)[0])
+    return loaded, whole
+
+
+SETTINGS = [
+    {},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": "all-linear", "use_dora": True},
+    {"layers_to_transform": [0, 3]},
+    {"layers_to_transform": [3], "modules_to_save": ["embed_tokens"]},
+    {"init_lora_weights": "pissa"},
+    {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_with_an_adapter_built_alone_is_the_one_of_the_whole_model(
+    models, settings, dtype, tmp_path
+):
+    adapter, _ = adapt(models("llama"), "llama", tmp_path / "adapter", **settings)
+    for depth in (BLOCKS, 2):
+        assert_streamed_is_resident(models("llama"), adapter, depth, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_adapted_blocks_of_every_family_can_be_built_alone(models, name, tmp_path):
+    adapter, _ = adapt(models(name), name, tmp_path / "adapter")
+    assert_streamed_is_resident(models(name), adapter, BLOCKS)
+
+
+def test_an_adapted_model_goes_on_from_a_block(models, tmp_path):
+    adapter, _ = adapt(models("llama"), "llama", tmp_path / "adapter")
+    options = ModelOptions(str(models("llama")), adapter=str(adapter), device="cpu")
+    whole, upper = open_model(options).load(BLOCKS), open_model(options).load(BLOCKS, 2)
+    for found, expected in zip(upper.blocks[2:], whole.blocks[2:], strict=True):
+        assert contents(found).keys() == contents(expected).keys()
+        for name, tensor in contents(expected).items():
+            assert torch.equal(contents(found)[name], tensor)
+
+
+def test_half_an_adapter_is_refused_before_any_block_is_built(models, tmp_path):
+    adapter, _ = adapt(models("llama"), "llama", tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    lost = {name for name in weights if ".layers.3." in name}
+    kept = {name: tensor for name, tensor in weights.items() if name not in lost}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    source = open_model(ModelOptions(str(models("llama")), adapter=str(adapter), device="cpu"))
+    with pytest.raises(ModelError, match="one without the weights"):
+        source.skeleton(BLOCKS)
 
 
 # ---------------------------------------------------------------- refusals

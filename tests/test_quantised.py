@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import probecache
 from probecache.errors import ModelError
+from probecache.models import ModelOptions, open_model
 
 SIDE = 64
 WIDE = Family(
@@ -80,6 +81,24 @@ def test_rows_are_those_of_the_weights_that_the_checkpoint_stands_for(
     for label in packed.classes:
         for layer in packed.layers:
             assert torch.equal(packed[label, layer], plain[label, layer])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_quantised_model_built_block_by_block_is_the_one_loaded_whole(folders, dtype):
+    def source():
+        return open_model(ModelOptions(str(folders[0]), dtype=dtype, device="cpu"))
+
+    parts, whole = source(), source()
+    expected = whole.load(BLOCKS).model.state_dict()
+    loaded = parts.skeleton(BLOCKS)
+    for index in range(BLOCKS):
+        loaded.blocks[index] = parts.build_block(index, parts.read_block(index))
+    found = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert parts.reader.bytes_read == whole.reader.bytes_read == whole.weight_bytes(BLOCKS)
 
 
 def test_the_identity_and_the_plan_tell_a_quantised_checkpoint(folders, tmp_path):

@@ -49,14 +49,42 @@ class Adapter:
         Raises:
             ModelError: the adapter is not one of this model.
         """
-        from peft import PeftModel
+        self._put(shell, block_of, blocks)
+
+    def reach(
+        self, shell: Any, block_of: Callable[[str], int | None], blocks: int
+    ) -> frozenset[int | None]:
+        """The blocks that the adapter changes; None stands for something outside.
+
+        Args:
+            shell: the whole model without weights; of no use afterwards.
+            block_of, blocks: as in `apply`.
+
+        Raises:
+            ModelError: as `apply`.
+        """
+        # Some initial values are worked out of the model's weights, which are not there.
+        wanted = self._put(shell, block_of, blocks, init_lora_weights=True)
+        return frozenset(map(block_of, wanted))
+
+    def _put(
+        self, shell: Any, block_of: Callable[[str], int | None], blocks: int, **settings: Any
+    ) -> set[str]:
+        """Put the adapter into a model under other settings; names of its weights there."""
+        from peft import PeftConfig, PeftModel
 
         try:
             # Peft warns of what is refused below, and of its own future.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                adapted = PeftModel.from_pretrained(shell, str(self.folder), is_trainable=False)
-                self._require_whole(adapted, block_of, blocks)
+                config = PeftConfig.from_pretrained(str(self.folder))
+                for name in settings.keys() & vars(config).keys():
+                    setattr(config, name, settings[name])
+                # On the CPU the file is mapped, so what a part of the model lacks is not read.
+                adapted = PeftModel.from_pretrained(
+                    shell, str(self.folder), config=config, is_trainable=False, torch_device="cpu"
+                )
+                return self._require_whole(adapted, block_of, blocks)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise ModelError(
                 f"expected an adapter for this model in {self.name}, got: {one_line(error)}"
@@ -64,7 +92,7 @@ class Adapter:
 
     def _require_whole(
         self, adapted: Any, block_of: Callable[[str], int | None], blocks: int
-    ) -> None:
+    ) -> set[str]:
         """Peft skips what does not fit with a warning at most; half an adapter is another model."""
         from peft import get_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTuner
@@ -78,11 +106,13 @@ class Adapter:
         ):
             raise ValueError(f"one of the type {config.peft_type.value}, not inside the blocks")
         stored = {tensor.name for tensor in read_header(self.folder / _WEIGHTS)}
-        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - stored
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        missing = wanted - stored
         if missing:
             raise ValueError(f"one without the weights {min(missing)}")
         if any((block_of(name) or 0) >= blocks for name in stored):
             raise ValueError("one of a deeper model")
+        return set(wanted)
 
 
 def find_adapter(name: str, settings: Sequence[str]) -> Adapter:

@@ -13,7 +13,8 @@ import math
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ __all__ = [
     "Weights",
     "folder_of",
     "hub_tensors",
+    "indexed_files",
     "read_header",
-    "stored_tensors",
     "weight_files",
 ]
 
@@ -42,7 +43,13 @@ _PIECE, _PIECES = 64 << 10, 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file; `file` is None where only the hub has it."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        file: where the file is on this machine; None where only the hub has it.
+        offset: of its first byte in that file.
+        shard: the file's name.
+    """
 
     name: str
     dtype: str
@@ -50,6 +57,7 @@ class StoredTensor:
     size: int
     file: Path | None
     offset: int
+    shard: str
 
     @property
     def count(self) -> int:
@@ -107,20 +115,80 @@ class Naming:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint's tensors by name, and which of them a cut model needs."""
+    """A checkpoint's tensors, and which of them a cut model needs.
 
-    tensors: Mapping[str, StoredTensor]
+    Of the files that make it up, only those are looked at that hold tensors somebody asks for; the
+    others may be missing.
+
+    Attributes:
+        folder: where the files are, or will be once they are fetched.
+        naming: how the architecture names its tensors.
+        hub: id and commit, where absent files can be had from the hub.
+    """
+
+    folder: Path
     naming: Naming
+    hub: tuple[str, str] | None = None
+    _headers: dict[str, dict[str, StoredTensor]] = field(default_factory=dict, repr=False)
 
-    def needed(self, depth: int) -> list[StoredTensor]:
-        """Tensors that loading the first `depth` blocks reads: no head, no deeper block."""
-        blocks = max(depth, 1)
-        return [
-            tensor
-            for name, tensor in self.tensors.items()
-            for block in [self.naming.block_of(name)]
-            if (self.naming.in_base(name) if block is None else block < blocks)
-        ]
+    @cached_property
+    def shards(self) -> Mapping[str, str]:
+        """The file that holds each tensor."""
+        listed = indexed_files(self.folder)
+        if listed is not None:
+            return listed
+        files = weight_files(self.folder)
+        if not files and self.hub is not None:
+            return {tensor.name: tensor.shard for tensor in self._on_hub.values()}
+        return {name: file for file in files for name in self._header(file)}
+
+    def needed(self, blocks: range) -> list[StoredTensor]:
+        """Tensors outside the blocks and in the blocks of a range: no head, no other block."""
+        return [self._stored(name) for name in self._names(blocks)]
+
+    def of_block(self, index: int) -> list[StoredTensor]:
+        """Tensors of one block."""
+        return [self._stored(name) for name in self._names(range(index, index + 1), False)]
+
+    def absent_files(self, blocks: range, outside: bool = True) -> list[str]:
+        """Files that are not on this machine, of tensors in these blocks and outside of all."""
+        names = self._names(blocks, outside)
+        files = sorted({self.shards[name] for name in names})
+        return [file for file in files if not (self.folder / file).is_file()]
+
+    def _names(self, blocks: range, outside: bool = True) -> list[str]:
+        places = [None, *blocks] if outside else blocks
+        return [name for place in places for name in self._by_block.get(place, [])]
+
+    @cached_property
+    def _by_block(self) -> dict[int | None, list[str]]:
+        """Names of each block's tensors, and under None of those outside, head apart."""
+        found: dict[int | None, list[str]] = {}
+        for name in self.shards:
+            block = self.naming.block_of(name)
+            if block is not None or self.naming.in_base(name):
+                found.setdefault(block, []).append(name)
+        return found
+
+    def _stored(self, name: str) -> StoredTensor:
+        file = self.shards[name]
+        on_hub = self.hub is not None and not (self.folder / file).is_file()
+        found = (self._on_hub if on_hub else self._header(file)).get(name)
+        if found is None:
+            raise ModelError(
+                f"expected {name} in {file} of {self.folder}, as the index says, got a file "
+                "without it; download the model again"
+            )
+        return found
+
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self._headers:
+            self._headers[file] = {t.name: t for t in read_header(self.folder / file)}
+        return self._headers[file]
+
+    @cached_property
+    def _on_hub(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensor in hub_tensors(*self.hub)} if self.hub else {}
 
     def fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
         """For each layer, a hash of the embeddings and of all blocks below it.
@@ -130,7 +198,7 @@ class Weights:
         without reading 140 GB a second time; a forged single weight it may miss.
         """
         by_block: dict[int, list[StoredTensor]] = {}
-        for tensor in self.needed(max(layers)):
+        for tensor in self.needed(range(max(layers))):
             block = self.naming.block_of(tensor.name)
             by_block.setdefault(-1 if block is None else block, []).append(tensor)
         running, found = hashlib.sha256(), {}
@@ -181,18 +249,11 @@ def folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """Every tensor of a checkpoint on this machine.
+def hub_tensors(name: str, revision: str) -> Iterator[StoredTensor]:
+    """Every tensor of a checkpoint on the hub, from headers alone.
 
-    Raises:
-        ModelError: an index or a file that is not what it should be.
+    Offsets count from the first tensor: how long a header is, the hub does not say.
     """
-    for name in weight_files(folder):
-        yield from read_header(folder / name)
-
-
-def hub_tensors(name: str, revision: str | None) -> Iterator[StoredTensor]:
-    """Every tensor of a checkpoint on the hub, from headers alone."""
     from huggingface_hub import get_safetensors_metadata
 
     try:
@@ -201,26 +262,41 @@ def hub_tensors(name: str, revision: str | None) -> Iterator[StoredTensor]:
         raise ModelError(
             f"expected safetensors weights in {name}, got: {one_line(error)}"
         ) from error
-    for file in metadata.files_metadata.values():
+    for shard, file in metadata.files_metadata.items():
         for tensor, info in file.tensors.items():
             start, stop = info.data_offsets
-            yield StoredTensor(tensor, info.dtype, tuple(info.shape), stop - start, None, start)
+            shape = tuple(info.shape)
+            yield StoredTensor(tensor, info.dtype, shape, stop - start, None, start, shard)
 
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up a checkpoint: those that transformers loads."""
+    listed = indexed_files(folder)
+    if listed is not None:
+        return sorted(set(listed.values()))
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return [_SINGLE] if _SINGLE in names else names
+
+
+def indexed_files(folder: Path) -> dict[str, str] | None:
+    """The file that holds each tensor, as a checkpoint's index says; None where it counts not.
+
+    A single file goes before an index, as it does in transformers.
+
+    Raises:
+        ModelError: an index that is not what it should be.
+    """
     index = folder / _INDEX
     if (folder / _SINGLE).is_file() or not index.is_file():
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-        return [_SINGLE] if _SINGLE in names else names
+        return None
     try:
-        listed = list(json.loads(index.read_bytes())["weight_map"].values())
+        listed = dict(json.loads(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"expected a weight_map in {index}, got: {error!r}") from error
-    for name in listed:
+    for name in listed.values():
         if not isinstance(name, str) or Path(name).name != name or name == "..":
             raise ModelError(f"expected plain file names in {index}, got {name!r}")
-    return sorted(set(listed))
+    return listed
 
 
 def read_header(path: Path) -> Iterator[StoredTensor]:
@@ -255,7 +331,9 @@ def _checked(name: str, entry: dict[str, Any], path: Path, data: int, size: int)
         raise ValueError(f"tensor {name} lies outside the file")
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"tensor {name} of shape {shape}")
-    tensor = StoredTensor(name, str(entry["dtype"]), shape, stop - start, path, data + start)
+    tensor = StoredTensor(
+        name, str(entry["dtype"]), shape, stop - start, path, data + start, path.name
+    )
     bits = _BITS.get(tensor.dtype)
     if bits is not None and tensor.count * bits != tensor.size * 8:
         raise ValueError(f"tensor {name} of shape {shape} {tensor.dtype} in {tensor.size} bytes")

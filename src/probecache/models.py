@@ -1,9 +1,10 @@
 """Models: what they are, which of their weights are needed, where their blocks are.
 
-The sole importer of transformers. Two steps:
+With `loading.py` the only importer of transformers. Two steps:
 
-    open_model(options) -> ModelSource    config and tokenizer; reads no weights
-    ModelSource.load(depth) -> LoadedModel  the embeddings and the first `depth` blocks
+    open_model(options) -> ModelSource            config and tokenizer; reads no weights
+    ModelSource.load(depth, start) -> LoadedModel the embeddings, and blocks as many as are wanted
+    ModelSource.skeleton, read_block, build_block the same, one block at a time
 
 Guarantees: a model is loaded from safetensors only, runs no code from its folder, and every weight
 that the wanted layers depend on came from the checkpoint. The LM head and deeper blocks are neither
@@ -14,24 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.adapter import Adapter, find_adapter
-from probecache.checkpoint import (
-    Naming,
-    Weights,
-    folder_of,
-    hub_tensors,
-    stored_tensors,
-    weight_files,
-)
+from probecache.checkpoint import Naming, Weights, folder_of
 from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
+from probecache.loading import Loader, find_device
 from probecache.prompts import TokenizerFacts
+from probecache.reading import BlockWeights, LazyTensor, WeightReader
 from probecache.types import Dtype
 
 if TYPE_CHECKING:
@@ -42,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["ModelOptions", "ModelSource", "open_model"]
 
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Transformers hands these quantisers nothing but the names of the checkpoint's files.
+_WANT_FILES = ("torchao",)
 _SETTINGS_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -253,52 +251,64 @@ class ModelSource:
 
     @cached_property
     def weights(self) -> Weights:
-        """What the checkpoint holds, from the headers of its files."""
-        if self._weights_are_here:
-            tensors = stored_tensors(self.folder)
-        else:
-            tensors = hub_tensors(self.options.model, self.options.revision)
-        return Weights({tensor.name: tensor for tensor in tensors}, self._naming())
+        """What the checkpoint holds, from the headers of its files, here or on the hub."""
+        # A moved branch must not mix two versions: the commit is that of the config.
+        hub = None if self._is_local else (self.options.model, self.folder.name)
+        return Weights(self.folder, self._naming(), hub)
 
-    def weight_bytes(self, depth: int) -> int:
-        """Bytes of weights that loading the first `depth` blocks reads."""
-        return sum(tensor.size for tensor in self.weights.needed(depth))
+    def weight_bytes(self, depth: int, start: int = 0) -> int:
+        """Bytes of weights that `load(depth, start)` reads."""
+        return sum(tensor.size for tensor in self.weights.needed(_blocks(depth, start)))
 
-    def loaded_bytes(self, depth: int) -> int:
-        """Bytes that the first `depth` blocks take in memory."""
+    def loaded_bytes(self, depth: int, start: int = 0) -> int:
+        """Bytes that the model of `load(depth, start)` takes in memory."""
         if self.quantization is not None:
-            return self.weight_bytes(depth)
-        return self.dtype.itemsize * sum(t.count for t in self.weights.needed(depth))
+            return self.weight_bytes(depth, start)
+        needed = self.weights.needed(_blocks(depth, start))
+        return self.dtype.itemsize * sum(tensor.count for tensor in needed)
+
+    def block_bytes(self, index: int) -> int:
+        """Bytes of weights that `read_block` reads."""
+        return sum(tensor.size for tensor in self.weights.of_block(index))
 
     def weights_fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
         """For each layer, a hash of the embeddings and of all blocks below it; fetches the weights.
 
         See `Weights.fingerprints`.
         """
-        self.fetch_weights()
+        self.fetch_weights(max(layers))
         return self.weights.fingerprints(layers)
 
-    def fetch_weights(self) -> None:
-        """Download the weights of a hub model into the snapshot that its config came from."""
-        if not self._weights_are_here:
-            commit = self.folder.name  # a moved branch must not mix two versions
-            folder_of(self.options.model, commit, [*_SETTINGS_FILES, "model*.safetensors"])
-            self.__dict__.pop("weights", None)
+    def fetch_weights(self, depth: int, start: int = 0) -> None:
+        """Download what `load(depth, start)` reads of a hub model, and no other file of weights.
+
+        Raises:
+            ModelError: the hub cannot be reached, or does not have a file.
+        """
+        self._fetch(_blocks(depth, start))
+
+    def _fetch(self, blocks: range, outside: bool = True) -> None:
+        if self._is_local:
+            return  # a missing file is named when it is opened
+        if self._wants_files:
+            blocks = range(self.num_hidden_layers)
+        absent = self.weights.absent_files(blocks, outside)
+        if absent:
+            folder_of(self.options.model, self.folder.name, [*_SETTINGS_FILES, *absent])
+            absent = self.weights.absent_files(blocks, outside)
+        if absent:
+            raise ModelError(
+                f"expected {absent[0]} of {self.options.model} on this machine or on the hub, got "
+                "neither; check the connection, or whether HF_HUB_OFFLINE is set"
+            )
 
     @property
     def _is_local(self) -> bool:
         return Path(self.options.model).is_dir()
 
-    @property
-    def _weights_are_here(self) -> bool:
-        if self._is_local:
-            return True
-        names = weight_files(self.folder)
-        return bool(names) and all((self.folder / name).is_file() for name in names)
-
     def _stored_dtype(self) -> str:
         words = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        largest = max(self.weights.tensors.values(), key=lambda tensor: tensor.size)
+        largest = max(self.weights.needed(range(1)), key=lambda tensor: tensor.size)
         return words.get(largest.dtype, largest.dtype)
 
     @cached_property
@@ -331,43 +341,112 @@ class ModelSource:
 
     # -- loading
 
-    def load(self, depth: int) -> LoadedModel:
-        """Load the embeddings and the first `depth` blocks (at least one) onto the device.
+    @cached_property
+    def reader(self) -> WeightReader:
+        """What reads the weights; it counts their bytes."""
+        import torch
+
+        device = find_device(self.options.device)
+        direct = device.type == "cuda" and self.options.device_map is None and _has_accelerate()
+        return WeightReader(device if direct else torch.device("cpu"))
+
+    def load(self, depth: int, start: int = 0) -> LoadedModel:
+        """Load the embeddings and the blocks from `start` to before `depth` onto the device.
+
+        Blocks below `start` are neither read nor run: they hand on what they are given.
+
+        Args:
+            depth: at least one block is loaded.
+            start: at most `depth`.
 
         Raises:
             ModelError: weights are missing, of other shapes, or the device is not there.
         """
+        return self._load(_blocks(depth, start), self._loader)
+
+    def skeleton(self, depth: int) -> LoadedModel:
+        """Load the embeddings and whatever else stands outside the blocks onto the device.
+
+        The `depth` blocks hand on what they are given until `build_block` has made one that is
+        assigned to its place in `blocks`; with the former one assigned again, its weights go.
+
+        Raises:
+            ModelError: as `load`, or an architecture whose blocks cannot stand alone.
+        """
+        return self._load(range(depth, depth), self._single_loader)
+
+    def read_block(self, index: int) -> BlockWeights:
+        """Read a block's weights; may run in a thread while another block computes.
+
+        Raises:
+            ModelError: the files are not what they should be.
+        """
+        self._fetch(range(index, index + 1), outside=False)
+        return self.reader.read_block(self.weights.of_block(index))
+
+    def build_block(self, index: int, weights: BlockWeights) -> torch.nn.Module:
+        """Make a block of its weights: the very block that `load` gives.
+
+        Raises:
+            ModelError: as `load`.
+        """
+        return self._single_loader.block(index, weights)
+
+    def _load(self, blocks: range, loader: Loader) -> LoadedModel:
+        if blocks.start > 0:
+            self._check_parts(blocks.stop)
+        self._fetch(blocks)
+        needed = self.weights.needed(blocks)
+        return loader.model({one.name: LazyTensor(one, self.reader) for one in needed}, blocks)
+
+    def _check_parts(self, depth: int) -> None:
+        """Refuse to part blocks that cannot be loaded, or do not compute, one without another."""
+        shared = getattr(self.text_config, "num_kv_shared_layers", None) or 0
+        what = None
+        if depth > self.num_hidden_layers - shared:
+            what = (
+                f"{self.architecture}, whose last {shared} take keys and values from earlier ones"
+            )
+        if self._wants_files:
+            what = "a quantisation that has to read the whole checkpoint itself"
+        if what is not None:
+            raise ModelError(
+                f"expected blocks that stand alone, got {what}; this model cannot be streamed or "
+                "continued from a cached layer: keep it in memory as a whole"
+            )
+
+    @property
+    def _wants_files(self) -> bool:
+        """Whether the quantiser reads the files' own metadata, which a state dict has not."""
+        return json.loads(self.quantization or "{}").get("quant_method") in _WANT_FILES
+
+    @cached_property
+    def _loader(self) -> Loader:
+        spread = self.options.device_map
+        return replace(self._single_loader, device_map=spread) if spread else self._single_loader
+
+    @cached_property
+    def _single_loader(self) -> Loader:
+        """What loads onto a single device.
+
+        Transformers asks for accelerate even for that, unless it is the CPU; without it modules are
+        made in memory and moved from there.
+        """
         import torch
 
-        self.fetch_weights()
-        device = self._device()
-        device_map = self._device_map(device)
-        try:
-            model, report = _cut(type(self._shell), max(depth, 1)).from_pretrained(  # type: ignore[attr-defined]
-                self.folder,
-                config=self.config,
-                dtype=getattr(torch, self.dtype),
-                device_map=device_map,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named and refused below
-            )
-            if device_map is None:
-                model.to(device)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"expected room for the weights on {device}, got: {one_line(error)}; ask for "
-                "fewer layers or pass --device-map auto"
-            ) from error
-        except Exception as error:  # transformers raises many kinds; none should end in a traceback
-            raise ModelError(
-                f"expected to load {self.options.model}, got: {one_line(error)}"
-            ) from error
-        self._check_loaded(report)
-        self._apply_adapter(model)
-        return LoadedModel(model.eval(), max(depth, 1))
+        device = find_device(self.options.device)
+        return Loader(
+            name=self.options.model,
+            kind=type(self._shell),
+            config=self.config,
+            num_blocks=self.num_hidden_layers,
+            naming=self.weights.naming,
+            dtype=getattr(torch, self.dtype),
+            device=device,
+            device_map=str(device) if device.type != "cpu" and _has_accelerate() else None,
+            adapter=self.adapter,
+            folder=self.folder if self._wants_files else None,
+        )
 
     def check_device(self) -> None:
         """Raise ModelError unless the device is there, UsageError for a map there is not."""
@@ -377,60 +456,7 @@ class ModelSource:
                 f"expected --device-map to be {', '.join(_DEVICE_MAPS)}, got {wanted!r}; auto "
                 "suits most"
             )
-        self._device()
-
-    def _device(self) -> torch.device:
-        import torch
-
-        if self.options.device is not None:
-            name = self.options.device
-        elif torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ModelError(
-                f"expected the device {name} to be there, got: {one_line(error)}; pass --device"
-            ) from error
-        return device
-
-    def _device_map(self, device: torch.device) -> str | None:
-        """Where the weights go as they are read.
-
-        Transformers asks for accelerate even for a single device; without it they are read into
-        memory and moved from there.
-        """
-        if self.options.device_map is not None:
-            return self.options.device_map
-        return str(device) if device.type != "cpu" and find_spec("accelerate") else None
-
-    def _check_loaded(self, report: dict[str, Any]) -> None:
-        # Transformers fills missing weights with noise and goes on; a probe of noise looks real.
-        missing = [name for name in report["missing_keys"] if "pooler" not in name]
-        wrong = [*missing, *map(str, report["mismatched_keys"])]
-        if wrong:
-            raise ModelError(
-                f"expected {self.options.model} to hold every weight of its config, but "
-                f"{len(wrong)} are missing or of another shape, first {sorted(wrong)[0]}; "
-                "download it again"
-            )
-
-    def _apply_adapter(self, model: Any) -> None:
-        """Put the adapter into the blocks of a cut model, in place."""
-        if self.adapter is None:
-            return
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        # Adapters are trained on the model with its head, so their weights bear its names. The head
-        # itself stays on meta: it is never run.
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
-        setattr(shell, shell.base_model_prefix, model)
-        self.adapter.apply(shell, self.weights.naming.block_of, self.num_hidden_layers)
+        find_device(self.options.device)
 
 
 # ---------------------------------------------------------------- files and config
@@ -455,20 +481,10 @@ def _read_config(folder: Path, name: str) -> Any:
         ) from error
 
 
-def _cut(kind: type, depth: int) -> type:
-    """The class `kind` with its instances cut behind their first `depth` blocks.
+def _blocks(depth: int, start: int) -> range:
+    """The blocks from `start` to before `depth`; at least one without a start, as for layer 0."""
+    return range(start, max(depth, 1) if start == 0 else depth)
 
-    The blocks go before any weight is read. The config stays whole: a smaller `num_hidden_layers`
-    would change what some architectures make of the blocks that are left (which attention the last
-    one has, whose keys and values are shared, how wide an embedding per block is).
-    """
 
-    class Cut(kind):  # type: ignore[misc]
-        def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
-            super().__init__(config, *arguments, **options)
-            del find_blocks(self, config.get_text_config().num_hidden_layers)[1][depth:]
-
-    # Transformers looks classes up by their names.
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Cut, name, getattr(kind, name))
-    return Cut
+def _has_accelerate() -> bool:
+    return find_spec("accelerate") is not None
