@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format build clean
+.PHONY: demo bench test check format build clean
 
 demo: $(VENV)/installed
 	$(BIN)/probecache demo
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench extract
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Time the commands that work from a cache, as whole processes: python bench/cached.py
+"""Time the commands that work from a cache, as whole processes: python -m bench cached
 
 Writes a cache of 204 pairs (`last`) and one of 240 prompts of 60 tokens (`all`), 9 layers of 8,192
 in bfloat16, with a planted direction, and prints the median of several runs of each command,
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,44 +24,44 @@ from synthetic import labelled, write_cache
 LAYERS, HIDDEN, PAIRS, PROMPTS, TOKENS = range(10, 19), 8192, 204, 240, 60
 
 
-def planted(signs: torch.Tensor) -> dict[int, torch.Tensor]:
+def planted(signs: torch.Tensor, hidden: int) -> dict[int, torch.Tensor]:
     """Rows [len(signs), hidden] per layer: noise, and a direction with the row's sign."""
     made = torch.Generator().manual_seed(0)
     return {
         layer: (
-            torch.randn(len(signs), HIDDEN, generator=made)
-            + 0.05 * signs[:, None] * torch.randn(HIDDEN, generator=made)
+            torch.randn(len(signs), hidden, generator=made)
+            + 0.05 * signs[:, None] * torch.randn(hidden, generator=made)
         ).bfloat16()
         for layer in LAYERS
     }
 
 
-def write_caches(folder: Path) -> None:
+def write_caches(folder: Path, hidden: int) -> None:
     """The cache to train on and the cache to score."""
     pairs = [
         {"question": f"question {n}", "positive": f"yes {n}", "negative": f"no {n}"}
         for n in range(PAIRS)
     ]
-    write_cache(folder / "pairs", pairs, planted(torch.tensor([-1.0, 1.0]).repeat(PAIRS)))
+    write_cache(folder / "pairs", pairs, planted(torch.tensor([-1.0, 1.0]).repeat(PAIRS), hidden))
     classes = ["testing", "deployment"] * (PROMPTS // 2)
     signs = torch.tensor([-1.0, 1.0]).repeat(PROMPTS // 2).repeat_interleave(TOKENS)
     write_cache(
         folder / "prompts",
         labelled(*classes),
-        planted(signs),
+        planted(signs, hidden),
         tokens=[TOKENS] * PROMPTS,
         positions="all",
     )
 
 
 def median(run: Callable[[], object], count: int) -> float:
-    """Seconds, the middle one of `count` after one that is not counted."""
+    """Seconds, the middle one of `count` after one that is not counted (of that one, if 0)."""
     seconds = []
     for _ in range(count + 1):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[1:] or seconds)
 
 
 def process(*words: object) -> Callable[[], object]:
@@ -75,13 +75,16 @@ def read_files(folder: Path) -> None:
         path.read_bytes()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the caches and time the commands."""
+    parser = argparse.ArgumentParser(prog="python -m bench cached", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    count = parser.parse_args().runs
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    options = parser.parse_args(words)
+    count, hidden = options.runs, options.hidden
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_caches(folder)
+        write_caches(folder, hidden)
         command = ("-m", "probecache")
         train = (*command, "train", "--cache", folder / "pairs", "--output", folder / "run")
         process(*train)()
@@ -95,13 +98,9 @@ def main() -> None:
             ("probecache --help", process(*command, "--help")),
             ("reading the pairs' files", lambda: read_files(folder / "pairs")),
             ("reading the prompts' files", lambda: read_files(folder / "prompts")),
-            ("train, 204 pairs x 9 layers x 8192", process(*train)),
+            (f"train, 204 pairs x 9 layers x {hidden}", process(*train)),
             ("validate, the same 408 rows per layer", process(*score, *pairs, *into)),
             ("the same with --visualize", process(*score, *pairs, *into, "--visualize")),
             ("validate, 240 prompts x 60 tokens", process(*score, *prompts, *into)),
         ):
             print(f"{what:<40} {median(run, count):6.2f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,6 +36,7 @@ IDENTITY = Identity(
     special_tokens_kept=False,
     versions={"probecache": "0"},
 )
+EXECUTION = {"engine": "resident", "batches": "shared prefixes"}
 
 
 def labelled(*labels: str) -> list[dict[str, str]]:
@@ -113,7 +114,8 @@ def write_cache(
         writer.write_tokens(np.arange(len(first)))
         for layer, rows in activations.items():
             writer.write(layer, range(len(blueprint.examples)), rows)
-        writer.commit(replace(IDENTITY, **(own | identity)), {"extract_s": 0.5, "load_s": 0.1}, {})
+        timing = {"extract_s": 0.5, "load_s": 0.1}
+        writer.commit(replace(IDENTITY, **(own | identity)), timing, {}, EXECUTION)
     return open_cache(folder)
 
 

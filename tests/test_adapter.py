@@ -179,7 +179,7 @@ def assert_streamed_is_resident(folder, adapter, depth, **options):
         assert torch.equal(found[name], tensor), name
     ids = torch.tensor([token_ids(folder, TEXTS[0])])
     with torch.inference_mode():
-        assert torch.equal(loaded.forward(ids, None)[0], whole.forward(ids, None)[0])
+        assert torch.equal(loaded.forward(input_ids=ids)[0], whole.forward(input_ids=ids)[0])
     return loaded, whole
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, Family, build
 from safetensors.torch import load_file, save_file
 from synthetic import write_cache
 from typer.main import get_command
 
 from probecache.cli import app, main
+from probecache.memory import parse_bytes
 from probecache.shipped import shipped
 
 MODEL = str(shipped("models/tiny-llama"))
@@ -408,7 +410,7 @@ def test_a_class_that_the_cache_lacks_is_refused(refused, made, tmp_path):
 def no_model(monkeypatch):
     """Fail where a model is loaded."""
     monkeypatch.setattr(
-        "probecache.models.ModelSource.load", lambda *_: pytest.fail("the model was loaded")
+        "probecache.models.ModelSource._load", lambda *_: pytest.fail("the model was loaded")
     )
 
 
@@ -499,6 +501,103 @@ def test_a_training_that_cannot_be_is_refused_before_the_model_is_loaded(
     assert expected in line
 
 
+ENGINES = {
+    "an engine that there is not": (
+        ["--engine", "fast"],
+        "expected engine to be auto, resident, stream, got 'fast'",
+    ),
+    "a size in words": (
+        ["--memory", "plenty"],
+        "expected a size such as 8GB, 800MB or 1.5GiB for --memory, got 'plenty'",
+    ),
+    "no memory at all": (["--memory", "0GB"], "such as 8GB, 800MB or 1.5GiB for --memory, got"),
+    "streaming over several devices": (
+        ["--engine", "stream", "--device-map", "auto"],
+        "expected --engine stream on one device, got --device-map; leave one of them out",
+    ),
+    "too little memory": (["--memory", "10MB"], "B for this model with --engine stream, got 10MB"),
+    "too little to stay in memory": (
+        ["--memory", "10MB", "--engine", "resident"],
+        "B for this model with --engine resident, got 10MB; give more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+@pytest.mark.parametrize("word", ["extract", "plan", "train"])
+def test_ways_of_running_that_cannot_be_are_refused_before_the_model_is_loaded(
+    refused, no_model, pairs, tmp_path, case, word
+):
+    more, expected = ENGINES[case]
+    line = refused(
+        *(word, "--model", MODEL, "--data", pairs, "--layers", "1"),
+        *("--output", tmp_path / "cache", *more),
+    )
+    assert expected in line
+
+
+def test_an_architecture_that_cannot_be_streamed_is_refused(refused, prompts, tmp_path):
+    sizes = {"vocab_size": 264, "d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 48}
+    family = Family("xlnet", "XLNetConfig", {**sizes, "pad_token_id": 0})
+    model = build(family, tmp_path / "model")
+    line = refused(
+        *("extract", "--model", model, "--data", prompts, "--no-chat-template", "--quiet"),
+        *("--engine", "stream", "--output", tmp_path / "cache"),
+    )
+    assert "expected XLNetModel to hand one residual stream [batch, tokens, hidden]" in line
+    assert "cannot be streamed" in line
+
+
+def test_the_memory_that_a_refusal_names_is_enough(refused, capsys, pairs, tmp_path):
+    arguments = ("--model", MODEL, "--data", pairs, "--layers", "1")
+    line = refused("plan", *arguments, "--memory", "10MB")
+    least = parse_bytes(re.search(r"at least ([\d.]+[MG]B)", line)[1])
+    # The process has grown since, by what the refusal itself took.
+    code, out, _ = command(capsys, "plan", *arguments, "--memory", str(least + 50_000_000))
+    assert code == 0
+    assert "engine " in out
+
+
+def test_a_streamed_cache_is_the_resident_one_byte_for_byte(capsys, pairs, tmp_path):
+    arguments = ("--model", MODEL, "--data", pairs, "--layers", "3,24", "--quiet")
+    for engine in ("resident", "stream"):
+        there = ("--engine", engine, "--output", tmp_path / engine)
+        code, _, err = command(capsys, "extract", *arguments, *there)
+        assert code == 0, err
+    for file in (tmp_path / "resident").rglob("*.pt"):
+        twin = tmp_path / "stream" / file.relative_to(tmp_path / "resident")
+        assert twin.read_bytes() == file.read_bytes()
+
+
+def test_the_plan_says_where_an_addition_starts_and_what_it_reads(capsys, prompts, tmp_path):
+    arguments = ("--model", MODEL, "--data", prompts, "--output", tmp_path / "cache")
+    whole = ("--positions", "all", "--keep-special-tokens")
+    planned = command(capsys, "plan", *arguments, *whole, "--layers", "12,24")[1]
+    assert command(capsys, "extract", *arguments, *whole, "--layers", "10", "--quiet")[0] == 0
+    added = command(capsys, "plan", *arguments, *whole, "--layers", "12,24", "--engine", "stream")
+    assert "stream: one block after the other, hidden states in memory, within" in added[1]
+    assert "; goes on from cached layer 10" in added[1]
+    assert 0 < weights_in(added[1]) < weights_in(planned)
+
+
+def weights_in(printed):
+    line = next(line for line in printed.splitlines() if line.startswith("weights to read"))
+    return int(line.split()[3].replace(",", ""))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_in_one_line(refused, pairs, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("probecache.store.writer.CacheWriter.write", full)
+    line = refused(
+        *("extract", "--model", MODEL, "--data", pairs, "--layers", "1", "--quiet"),
+        *("--output", tmp_path / "cache"),
+    )
+    assert "the disk or quota is full" in line
+    assert "nothing was kept" in line
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -582,6 +681,11 @@ def test_an_extraction_says_what_it_did_and_where(capsys, pairs, tmp_path):
     assert "Nothing to do: layers 3,5-7 are cached already" in out
 
 
+def lasting(printed):
+    """The lines that do not depend on what else the machine does."""
+    return [line for line in printed.splitlines() if "free" not in line and "memory" not in line]
+
+
 def test_a_dry_run_and_plan_print_the_same_and_write_nothing(capsys, pairs, tmp_path):
     arguments = ("--model", MODEL, "--data", pairs, "--layers", "10,20,23")
     there = ("--output", tmp_path / "cache")
@@ -592,11 +696,9 @@ def test_a_dry_run_and_plan_print_the_same_and_write_nothing(capsys, pairs, tmp_
     assert rows == [
         *("model", "data", "prompts", "tokens", "distinct-prefix tokens", "layers", "positions"),
         *("dtype", "disk per layer", "disk in all", "disk free", "weights to read"),
-        "memory, estimated",
+        *("engine", "memory, estimated"),
     ]
-    assert [a for a in dry[1].splitlines() if "free" not in a] == [
-        a for a in planned[1].splitlines() if "free" not in a
-    ]
+    assert lasting(dry[1]) == lasting(planned[1])
     assert not (tmp_path / "cache").exists()
 
 

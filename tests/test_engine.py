@@ -1,34 +1,45 @@
-"""Batches through a model: memory that runs out, which rows come back, and the check before a run.
+"""Steps through a model that is in memory: which rows come back, memory that runs out, and layers
+that are known already. Padded batches and packs of a prefix tree pass the same tests.
 
 Models are real and tiny; where memory must run out, a forward is made to raise as torch does.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import gc
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from families import (
     BLOCKS,
     FAMILIES,
-    TEXTS,
     build,
     full_model,
     plain_layers,
     relative_difference,
-    token_ids,
 )
+from works import KINDS, Known, equal, largest_difference, padded, prompts_of, run, shared
 
-from probecache.engine import ResidentEngine, Rows
-from probecache.errors import ModelError, OutOfMemoryError, PreflightError
+from probecache import engine
+from probecache.engine import ResidentEngine
+from probecache.errors import OutOfMemoryError
+from probecache.feeds import PaddedWork, TreeWork
 from probecache.models import ModelOptions, open_model
-from probecache.plan import Batch, plan_batches
-from probecache.types import Dtype, TokenizedPrompt
-from probecache.workflow.preflight import check_engine, tolerance
+from probecache.plan import Batch, Stretch
+from probecache.prefixes import PrefixTree
+from probecache.types import Dtype
 
 LAYERS = tuple(range(BLOCKS + 1))
+WHOLE = 10_000  # a budget that everything goes into at once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    """Collecting when memory runs out need not go through all that imports left behind."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +54,18 @@ def folders(tmp_path_factory):
     return folder
 
 
-def loaded(folder, dtype=Dtype.FLOAT32):
-    return open_model(ModelOptions(str(folder), dtype=dtype, device="cpu")).load(BLOCKS)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    """Makes work of either kind of some prompts, within a budget of tokens."""
+    return KINDS[request.param]
 
 
-def prompts_of(folder, kept=lambda count: range(count)):
-    """The families' texts as prompts; kept(number of tokens) gives the kept indices."""
-    found = []
-    for text in TEXTS:
-        ids = np.array(token_ids(folder, text), dtype=np.int32)
-        found.append(TokenizedPrompt(ids, np.array(kept(len(ids)), dtype=np.int32)))
-    return found
-
-
-def run(engine, prompts, batches, **options):
-    """Rows by (layer, prompt); fails if any come out twice."""
-    found = {}
-    mean = options.get("mean", False)
-    for rows in engine.run(prompts, batches, LAYERS, **options):
-        sizes = [1 if mean else len(prompts[index].kept) for index in rows.prompts]
-        assert len(rows.values) == sum(sizes)
-        pieces = rows.values.split(sizes)
-        for index, piece in zip(rows.prompts, pieces, strict=True):
-            assert (rows.layer, index) not in found
-            found[rows.layer, index] = piece
-    return found
+def loaded(folder, dtype=Dtype.FLOAT32, start=0):
+    return open_model(ModelOptions(str(folder), dtype=dtype, device="cpu")).load(BLOCKS, start)
 
 
 def one_by_one(prompts):
-    return [Batch((index,), len(prompt)) for index, prompt in enumerate(prompts)]
-
-
-def all_in_one(prompts):
-    return [Batch(tuple(range(len(prompts))), max(map(len, prompts)))]
-
-
-def largest_difference(found, expected):
-    assert found.keys() == expected.keys()
-    return max(relative_difference(found[key], expected[key]) for key in expected)
+    return PaddedWork(prompts, [Batch((n,), len(prompt)) for n, prompt in enumerate(prompts)])
 
 
 # ---------------------------------------------------------------- which rows
@@ -94,13 +79,13 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(("name", "kind"), [("llama", padded), ("llama", shared), ("bert", padded)])
 @pytest.mark.parametrize("kept", KEPT)
-def test_kept_rows_are_those_of_a_plain_forward_in_the_order_of_kept(folders, name, kept):
+def test_kept_rows_are_those_of_a_plain_forward_in_the_order_of_kept(folders, name, kind, kept):
     folder = folders(name)
     model = full_model(FAMILIES[name], folder)
     prompts = prompts_of(folder, KEPT[kept])
-    found = run(ResidentEngine(loaded(folder)), prompts, plan_batches([*map(len, prompts)], 100))
+    found = run(ResidentEngine(loaded(folder)), kind(prompts), LAYERS)
     for index, prompt in enumerate(prompts):
         plain = plain_layers(FAMILIES[name], model, prompt.ids.tolist())
         for layer in LAYERS:
@@ -109,11 +94,10 @@ def test_kept_rows_are_those_of_a_plain_forward_in_the_order_of_kept(folders, na
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
-def test_means_are_taken_in_float64_and_then_rounded_once(folders, dtype):
-    folder = folders("llama")
-    prompts = prompts_of(folder, lambda count: range(1, count))
-    engine, batches = ResidentEngine(loaded(folder, dtype)), all_in_one(prompts_of(folder))
-    rows, means = (run(engine, prompts, batches, mean=mean) for mean in (False, True))
+def test_means_are_taken_in_float64_and_then_rounded_once(folders, kind, dtype):
+    prompts = prompts_of(folders("llama"), lambda count: range(1, count))
+    engine = ResidentEngine(loaded(folders("llama"), dtype))
+    rows, means = (run(engine, kind(prompts, mean=mean), LAYERS) for mean in (False, True))
     for key, found in means.items():
         exact = rows[key].double().mean(0, keepdim=True)
         assert found.dtype == getattr(torch, dtype)
@@ -123,227 +107,252 @@ def test_means_are_taken_in_float64_and_then_rounded_once(folders, dtype):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta"])
 def test_one_batch_of_all_prompts_equals_a_batch_for_each(folders, name):
     engine, prompts = ResidentEngine(loaded(folders(name))), prompts_of(folders(name))
-    alone = run(engine, prompts, one_by_one(prompts))
-    together = run(engine, prompts, all_in_one(prompts))
+    alone = run(engine, one_by_one(prompts), LAYERS)
+    together = run(engine, padded(prompts, WHOLE), LAYERS)
     assert largest_difference(together, alone) < 1e-5
 
 
-def test_only_the_layers_that_were_asked_for_come_out_and_no_hook_stays(folders):
-    model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
-    rows = list(ResidentEngine(model).run(prompts, all_in_one(prompts), [1, 3]))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("tile", [5, 512])
+@pytest.mark.parametrize("budget", [1, 23, WHOLE])
+def test_packs_of_any_size_in_tiles_of_any_size_equal_prompts_one_by_one(
+    folders, name, tile, budget
+):
+    engine, prompts = ResidentEngine(loaded(folders(name))), prompts_of(folders(name))
+    alone = run(engine, one_by_one(prompts), LAYERS)
+    assert largest_difference(run(engine, shared(prompts, budget, tile=tile), LAYERS), alone) < 1e-5
+
+
+def test_only_the_layers_that_were_asked_for_come_out_and_no_hook_stays(folders, kind):
+    model = loaded(folders("llama"))
+    attention = model.attention
+    rows = list(ResidentEngine(model).run(kind(prompts_of(folders("llama")), WHOLE), [1, 3]))
     assert [piece.layer for piece in rows] == [1, 3]
-    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    assert untouched(model)
+    assert model.attention == attention
+
+
+def test_no_hook_stays_when_rows_are_no_longer_asked_for(folders, kind):
+    model = loaded(folders("llama"))
+    attention = model.attention
+    rows = ResidentEngine(model).run(kind(prompts_of(folders("llama")), 30), LAYERS)
+    next(rows)
+    rows.close()
+    assert untouched(model)
+    assert model.attention == attention
+
+
+def untouched(model):
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
 
 
 def test_rows_do_not_depend_on_the_prompts_they_share_a_batch_with(folders):
     engine, prompts = ResidentEngine(loaded(folders("bert"))), prompts_of(folders("bert"))
     longest = max(map(len, prompts))
-    pair = run(engine, prompts, [Batch((3, 5), longest)])
-    other = run(engine, prompts, [Batch((0, 5), longest)])
-    assert all(relative_difference(pair[x, 5], other[x, 5]) < 1e-5 for x in LAYERS)
+    pair, other = (
+        {
+            rows.layer: rows.values[-len(prompts[5]) :]
+            for rows in engine.run(PaddedWork(prompts, [Batch((first, 5), longest)]), LAYERS)
+        }
+        for first in (3, 0)
+    )
+    assert largest_difference(pair, other) < 1e-5
+
+
+def test_packs_in_which_no_prompt_ends_give_no_rows(folders):
+    prompts = prompts_of(folders("llama"), texts=["a long text alone", "a long text again"])
+    work = shared(prompts, 4)
+    found = list(ResidentEngine(loaded(folders("llama"))).run(work, LAYERS))
+    assert len(work.steps) > 2
+    assert {rows.prompts for rows in found} == {(0,), (1,)}
+
+
+def test_told_adds_up_to_tokens_times_blocks(folders, kind):
+    work, told = kind(prompts_of(folders("llama"))), []
+    run(ResidentEngine(loaded(folders("llama"))), work, LAYERS, None, told.append)
+    assert told == [step.tokens * BLOCKS for step in work.steps]
+
+
+def test_shared_prefixes_are_computed_once(folders):
+    prompts, told = prompts_of(folders("llama")), []
+    engine = ResidentEngine(loaded(folders("llama")))
+    run(engine, shared(prompts), LAYERS, None, told.append)
+    prefixes = {tuple(p.ids[:n]) for p in prompts for n in range(1, len(p) + 1)}
+    assert sum(told) == len(prefixes) * BLOCKS
+
+
+# ---------------------------------------------------------------- layers that are known already
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma4_dense", "llama4", "opt"])
+@pytest.mark.parametrize("start", [0, 1, BLOCKS - 1])
+def test_rows_from_a_known_layer_on_are_the_same_bit_for_bit(folders, kind, name, start):
+    work = kind(prompts_of(folders(name)))
+    expected = run(ResidentEngine(loaded(folders(name))), work, LAYERS)
+    upper, above = ResidentEngine(loaded(folders(name), start=start)), LAYERS[start + 1 :]
+    found = run(upper, work, above, Known(start, expected))
+    assert equal(found, {key: rows for key, rows in expected.items() if key[0] > start})
+    assert untouched(upper.model)
+
+
+def test_told_counts_only_the_blocks_above_a_known_layer(folders, kind):
+    prompts, told = prompts_of(folders("llama")), []
+    work = kind(prompts)
+    whole = run(ResidentEngine(loaded(folders("llama"))), work, LAYERS)
+    upper = ResidentEngine(loaded(folders("llama"), start=3))
+    run(upper, work, [4], Known(3, whole), told.append)
+    assert told == [step.tokens * (BLOCKS - 3) for step in work.steps]
+
+
+def test_wrong_rows_at_the_known_layer_change_what_comes_out(folders, kind):
+    work = kind(prompts_of(folders("llama")))
+    expected = run(ResidentEngine(loaded(folders("llama"))), work, LAYERS)
+    other = {key: rows.roll(1, dims=0) for key, rows in expected.items()}
+    upper = ResidentEngine(loaded(folders("llama"), start=2))
+    found = run(upper, work, [4], Known(2, other))
+    assert relative_difference(found[4, 0], expected[4, 0]) > 0.1
 
 
 # ---------------------------------------------------------------- memory
 
 
 class Cramped:
-    """A loaded model without room for more than `limit` padded tokens."""
+    """A loaded model without room for more than `limit` tokens."""
 
     def __init__(self, model, limit, error=torch.OutOfMemoryError):
-        self.model, self.limit, self.error, self.sizes = model, limit, error, []
+        self.loaded, self.limit, self.error, self.sizes = model, limit, error, []
 
     def __getattr__(self, name):
-        return getattr(self.model, name)
+        return getattr(self.loaded, name)
 
-    def forward(self, input_ids, attention_mask, **more):
+    def forward(self, input_ids, **more):
         self.sizes.append(input_ids.numel())
+        # Fails late, with some layers already caught and keys handed on, as a device does.
+        output = self.loaded.forward(input_ids=input_ids, **more)
         if input_ids.numel() > self.limit:
-            # Fails late, with some layers already caught, as a device does.
-            self.model.forward(input_ids, attention_mask, **more)
             raise self.error(f"out of memory: tried to allocate {input_ids.numel()} tokens")
-        return self.model.forward(input_ids, attention_mask, **more)
-
-    def plain_hidden_states(self, input_ids):
-        if input_ids.numel() > self.limit:
-            raise self.error("out of memory")
-        return self.model.plain_hidden_states(input_ids)
+        return output
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
-@pytest.mark.parametrize("limit", [60, 120, 250])
-def test_every_row_comes_out_once_and_right_when_memory_runs_out(folders, error, limit):
+@pytest.mark.parametrize(
+    ("error", "limit"),
+    [(torch.OutOfMemoryError, 60), (MemoryError, 120), (RuntimeError, 150)],
+)
+def test_every_row_comes_out_once_and_right_when_memory_runs_out(folders, kind, error, limit):
     model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
-    expected = run(ResidentEngine(model), prompts, one_by_one(prompts))
+    expected = run(ResidentEngine(model), one_by_one(prompts), LAYERS)
     cramped = Cramped(model, limit, error)
-    found = run(ResidentEngine(cramped), prompts, all_in_one(prompts))
+    found = run(ResidentEngine(cramped), kind(prompts, WHOLE), LAYERS)
     assert max(cramped.sizes) > limit
+    assert largest_difference(found, expected) < 1e-5
+    assert untouched(model)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama4", "gemma4"])
+def test_halved_packs_hand_on_to_one_another(folders, name):
+    model, prompts = loaded(folders(name)), prompts_of(folders(name))
+    expected = run(ResidentEngine(model), one_by_one(prompts), LAYERS)
+    found = run(ResidentEngine(Cramped(model, 9)), shared(prompts, 80), LAYERS)
+    assert largest_difference(found, expected) < FAMILIES[name].tolerance
+
+
+def test_told_adds_up_although_steps_are_halved(folders, kind):
+    work, told = kind(prompts_of(folders("llama")), WHOLE), []
+    cramped = Cramped(loaded(folders("llama")), 60)
+    run(ResidentEngine(cramped), work, LAYERS, None, told.append)
+    assert len(told) > len(work.steps)
+    assert sum(told) == sum(step.tokens for step in work.steps) * BLOCKS
+
+
+def test_a_pack_that_failed_at_the_very_end_is_run_again_from_the_same_context(
+    folders, kind, monkeypatch
+):
+    made = []
+
+    def without_room_for_the_second(prompts, kept):
+        made.append(prompts)
+        if len(made) == 2:
+            raise MemoryError
+        return transfer(prompts, kept)
+
+    transfer = engine.Transfer
+    work = kind(prompts_of(folders("llama")))
+    expected = run(ResidentEngine(loaded(folders("llama"))), work, LAYERS)
+    monkeypatch.setattr(engine, "Transfer", without_room_for_the_second)
+    found = run(ResidentEngine(loaded(folders("llama"))), work, LAYERS)
     assert largest_difference(found, expected) < 1e-5
 
 
-def test_batches_after_the_first_that_did_not_fit_are_cut_before_they_run(folders):
-    model = loaded(folders("llama"))
-    prompt = prompts_of(folders("llama"))[0]
+def test_a_known_layer_and_halved_steps_go_together(folders, kind):
+    work = kind(prompts_of(folders("llama")), WHOLE)
+    expected = run(ResidentEngine(loaded(folders("llama"))), work, LAYERS)
+    upper = Cramped(loaded(folders("llama"), start=2), 60)
+    found = run(ResidentEngine(upper), work, [3, 4], Known(2, expected))
+    wanted = {key: rows for key, rows in expected.items() if key[0] > 2}
+    assert largest_difference(found, wanted) < 1e-5
+
+
+def eight_of_each(prompt):
     length = len(prompt)
-    prompts = [prompt] * 32
-    batches = [Batch(tuple(range(at, at + 8)), length) for at in range(0, 32, 8)]
-    cramped = Cramped(model, 4 * length)
-    found = run(ResidentEngine(cramped), prompts, batches)
-    assert len(found) == 32 * len(LAYERS)
+    steps = [Batch(tuple(range(at, at + 8)), length) for at in range(0, 32, 8)]
+    return PaddedWork([prompt] * 32, steps), length
+
+
+def stretches_of_eight(prompts):
+    tree = PrefixTree(prompts)
+    stop = len(tree) // 8 * 8
+    steps = [Stretch(at, at + 8) for at in range(0, stop, 8)]
+    return TreeWork(tree, [*steps, Stretch(stop, len(tree))], 16), len(steps)
+
+
+def test_batches_after_the_first_that_did_not_fit_are_cut_before_they_run(folders):
+    work, length = eight_of_each(prompts_of(folders("llama"))[0])
+    cramped = Cramped(loaded(folders("llama")), 4 * length)
+    run(ResidentEngine(cramped), work, LAYERS)
     assert cramped.sizes == [8 * length] + [4 * length] * 8
+
+
+def test_stretches_after_the_first_that_did_not_fit_are_cut_before_they_run(folders):
+    work, count = stretches_of_eight(prompts_of(folders("llama")))
+    cramped = Cramped(loaded(folders("llama")), 4)
+    run(ResidentEngine(cramped), work, LAYERS)
+    assert cramped.sizes[: 1 + 2 * count] == [8] + [4] * 2 * count
+    assert max(cramped.sizes[1:]) == 4
 
 
 def test_a_single_prompt_without_room_is_named_by_its_length(folders):
     model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
     longest = max(map(len, prompts))
     with pytest.raises(OutOfMemoryError, match=f"a prompt of {longest} tokens"):
-        run(ResidentEngine(Cramped(model, longest - 1)), prompts, all_in_one(prompts))
+        run(ResidentEngine(Cramped(model, longest - 1)), padded(prompts, WHOLE), LAYERS)
 
 
-def test_other_errors_of_a_forward_are_not_taken_for_lack_of_memory(folders):
+def test_an_end_comes_where_not_even_one_token_has_room(folders, kind):
+    model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
+    cramped = Cramped(model, 0)
+    with pytest.raises(OutOfMemoryError, match="memory ran out"):
+        run(ResidentEngine(cramped), kind(prompts, WHOLE), LAYERS)
+    assert all(later < sooner for sooner, later in pairwise(cramped.sizes))
+    assert untouched(model)
+
+
+def test_other_errors_of_a_forward_are_not_taken_for_lack_of_memory(folders, kind):
     class Broken(Cramped):
-        def forward(self, *_args, **_more):
+        def forward(self, **_inputs):
             raise RuntimeError("shapes do not match")
 
-    prompts = prompts_of(folders("llama"))
+    model = loaded(folders("llama"))
+    attention = model.attention
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(ResidentEngine(Broken(loaded(folders("llama")), 0)), prompts, all_in_one(prompts))
+        run(ResidentEngine(Broken(model, 0)), kind(prompts_of(folders("llama"))), LAYERS)
+    assert untouched(model)
+    assert model.attention == attention
 
 
-# ---------------------------------------------------------------- the check before a run
-
-
-def check(engine, model, prompts, dtype=Dtype.FLOAT32):
-    return check_engine(engine, model, prompts, LAYERS, dtype, token_budget=10_000)
-
-
-@pytest.mark.parametrize("dtype", list(Dtype))
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "bert"])
-def test_a_right_engine_passes_with_much_room_to_spare(folders, name, dtype):
-    model = loaded(folders(name), dtype)
-    found = check(ResidentEngine(model), model, prompts_of(folders(name)), dtype)
-    assert found < tolerance(dtype) / 3
-
-
-class MaskIgnored:
-    """Padding is seen by every token of an encoder."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def forward(self, input_ids, attention_mask, **more):
-        return self.model.forward(input_ids, self.mask(attention_mask), **self.more(input_ids))
-
-    def mask(self, attention_mask):
-        return None
-
-    def more(self, input_ids):
-        return {}
-
-
-class PositionsShifted(MaskIgnored):
-    """Every token stands one place further on."""
-
-    def mask(self, attention_mask):
-        return attention_mask
-
-    def more(self, input_ids):
-        places = torch.arange(1, input_ids.shape[1] + 1)
-        return {"position_ids": places.expand(input_ids.shape)}
-
-
-class PositionsStretched(PositionsShifted):
-    """Tokens stand twice as far apart."""
-
-    def more(self, input_ids):
-        return {"position_ids": 2 * super().more(input_ids)["position_ids"]}
-
-
-@pytest.mark.parametrize("dtype", list(Dtype))
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        ("bert", MaskIgnored),
-        ("modernbert", MaskIgnored),
-        ("gpt2", PositionsShifted),
-        ("llama", PositionsStretched),
-    ],
-)
-def test_a_forward_that_ignores_masks_or_moves_positions_is_refused(folders, name, fault, dtype):
-    model = loaded(folders(name), dtype)
-    with pytest.raises(PreflightError, match="does not batch as expected"):
-        check(ResidentEngine(fault(model)), model, prompts_of(folders(name)), dtype)
-
-
-@pytest.mark.parametrize("dtype", list(Dtype))
-def test_an_engine_that_counts_layers_from_one_is_refused(folders, dtype):
-    class OffByOne(ResidentEngine):
-        def run(self, prompts, batches, layers, *, mean=False):
-            for rows in super().run(prompts, batches, layers, mean=mean):
-                yield replace(rows, layer=min(rows.layer + 1, BLOCKS))
-
-    model = loaded(folders("llama"), dtype)
-    with pytest.raises(PreflightError):
-        check(OffByOne(model), model, prompts_of(folders("llama")), dtype)
-
-
-def test_an_engine_that_mixes_up_prompts_of_one_length_is_refused(folders):
-    class Swapped(ResidentEngine):
-        def run(self, prompts, batches, layers, *, mean=False):
-            for rows in super().run(prompts, batches, layers, mean=mean):
-                yield Rows(rows.layer, rows.prompts, rows.values.roll(1, dims=0))
-
-    model = loaded(folders("llama"))
-    with pytest.raises(PreflightError):
-        check(Swapped(model), model, prompts_of(folders("llama")))
-
-
-@pytest.mark.parametrize("dtype", list(Dtype))
-def test_one_wrong_token_in_a_prompt_is_refused_where_no_expert_can_stray(folders, dtype):
-    class FirstTokenLost(ResidentEngine):
-        def run(self, prompts, batches, layers, *, mean=False):
-            for rows in super().run(prompts, batches, layers, mean=mean):
-                lost = rows.values[[1, *range(1, len(rows.values))]]
-                yield Rows(rows.layer, rows.prompts, lost)
-
-    model = loaded(folders("llama"), dtype)
-    with pytest.raises(PreflightError):
-        check(FirstTokenLost(model), model, prompts_of(folders("llama")), dtype)
-
-
-def test_rows_that_only_batching_makes_infinite_are_refused(folders):
-    class Overflowing(ResidentEngine):
-        def run(self, prompts, batches, layers, *, mean=False):
-            for rows in super().run(prompts, batches, layers, mean=mean):
-                yield Rows(rows.layer, rows.prompts, rows.values * torch.inf)
-
-    model = loaded(folders("llama"))
-    with pytest.raises(PreflightError, match="got inf"):
-        check(Overflowing(model), model, prompts_of(folders("llama")))
+# ---------------------------------------------------------------- kinds of models
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_models_that_route_tokens_to_experts_are_known(folders, name):
     routed = name in ("qwen3_moe", "mixtral", "gpt_oss", "llama4", "deepseek_v3")
     assert loaded(folders(name)).has_experts == routed
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_memory_that_runs_out_in_the_check_itself_is_told_as_such(folders, error):
-    model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
-    cramped = Cramped(model, 10, error)
-    with pytest.raises(OutOfMemoryError, match="room for a prompt of"):
-        check(ResidentEngine(cramped), cramped, prompts)
-
-
-def test_a_model_that_cannot_run_on_token_ids_alone_is_refused(folders):
-    class Demanding(Cramped):
-        def plain_hidden_states(self, input_ids):
-            raise TypeError("forward() missing 1 required argument: 'pixel_values'")
-
-    model, prompts = loaded(folders("llama")), prompts_of(folders("llama"))
-    demanding = Demanding(model, 0)
-    with pytest.raises(ModelError, match="pixel_values"):
-        check(ResidentEngine(demanding), demanding, prompts)

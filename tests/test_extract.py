@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import weakref
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import probecache
+from probecache.engine import ResidentEngine
 from probecache.errors import (
     MismatchError,
     ModelError,
@@ -33,6 +39,12 @@ from probecache.errors import (
     OutputError,
     ProbecacheError,
 )
+from probecache.models import ModelSource
+from probecache.progress import Progress
+from probecache.reading import WeightReader
+from probecache.store.writer import CacheWriter
+from probecache.workflow.execution import choose_execution
+from probecache.workflow.running import Run
 
 LAYERS = tuple(range(BLOCKS + 1))
 PAIRS = [
@@ -64,6 +76,21 @@ def extracted(folder, output, data=RECORDS, **options):
     return probecache.extract(
         model=str(folder), data=data, output=output, **{**settings, **options}
     )
+
+
+# Every engine with either way of cutting prompts into steps.
+WAYS = [
+    pytest.param({"engine": engine, "share_prefixes": shared}, id=f"{engine} {words}")
+    for engine, (shared, words) in product(
+        ["resident", "stream"], [(True, "shared"), (False, "padded")]
+    )
+]
+# What a cache must hold for the next blocks to go on from it.
+WHOLE = {"positions": "all", "keep_special_tokens": True}
+
+
+def tensors_of(cache):
+    return {str(p.relative_to(cache.path)): p.read_bytes() for p in cache.path.rglob("*.pt")}
 
 
 def rows_of(cache, example, layer):
@@ -274,7 +301,7 @@ def test_what_is_no_cache_is_never_written_into(llama, tmp_path):
 
 def test_what_can_be_refused_is_refused_before_a_weight_is_read(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "probecache.models.ModelSource.load", lambda *_: pytest.fail("weights were read")
+        "probecache.models.ModelSource._load", lambda *_: pytest.fail("weights were read")
     )
     cases = [
         {"layers": [BLOCKS + 1]},
@@ -286,6 +313,369 @@ def test_what_can_be_refused_is_refused_before_a_weight_is_read(llama, tmp_path,
         with pytest.raises(ProbecacheError):
             extracted(llama, tmp_path / "cache", **case)
     assert not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------- adding layers: where it starts
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = build(FAMILIES["llama"], tmp_path_factory.mktemp("sharded"), chat=True, shard="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > BLOCKS
+    return folder
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the weights that are read, each as often as it is."""
+    names, count = [], WeightReader._count
+
+    def counted(self, stored):
+        names.append(stored.name)
+        count(self, stored)
+
+    monkeypatch.setattr(WeightReader, "_count", counted)
+    return names
+
+
+def blocks_in(names):
+    """How often every tensor of every block was read: {block: {times}}."""
+    found = {}
+    for name in names:
+        if ".layers." in name:
+            found.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(name)
+    return {block: {own.count(name) for name in own} for block, own in sorted(found.items())}
+
+
+ONCE = {1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("cached", "added", "blocks"),
+    [
+        ([2], [4], [2, 3]),
+        ([1], [2, 3, 4], [1, 2, 3]),
+        ([1, 3], [2, 4], [1, 3]),
+        ([0], [1, 3], [0, 1, 2]),
+        ([3], [1, 4], [0, 3]),
+    ],
+)
+def test_added_layers_go_on_from_cached_ones_and_are_those_of_one_run(
+    sharded, tmp_path, reads, way, cached, added, blocks
+):
+    once = extracted(sharded, tmp_path / "once", layers=sorted(cached + added), **WHOLE, **way)
+    extracted(sharded, tmp_path / "grown", layers=cached, **WHOLE, **way)
+    reads.clear()
+    grown = extracted(sharded, tmp_path / "grown", layers=added, **WHOLE, **way)
+    assert blocks_in(reads) == dict.fromkeys(blocks, ONCE)
+    assert tensors_of(grown) == tensors_of(once)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_goes_on_bit_for_bit_too(llama, tmp_path, way, dtype):
+    options = {"dtype": dtype, **WHOLE, **way}
+    once = extracted(llama, tmp_path / "once", layers=[2, 4], **options)
+    extracted(llama, tmp_path / "grown", layers=[2], **options)
+    assert tensors_of(extracted(llama, tmp_path / "grown", layers=[4], **options)) == tensors_of(
+        once
+    )
+
+
+@pytest.mark.parametrize("engine", ["resident", "stream"])
+def test_weights_of_lower_blocks_need_not_be_there(sharded, tmp_path, monkeypatch, engine):
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    once = extracted(folder, tmp_path / "once", layers=[2, 4], engine=engine, **WHOLE)
+    cache = extracted(folder, tmp_path / "grown", layers=[2], engine=engine, **WHOLE)
+    # What tells models apart looks at all blocks below; here it is believed.
+    prints = dict(once.identity.weights)
+    monkeypatch.setattr(ModelSource, "weights_fingerprints", lambda *_: prints)
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    lower = (".layers.0.", ".layers.1.")
+    needed = {file for name, file in shards.items() if not any(word in name for word in lower)}
+    gone = set(shards.values()) - needed
+    assert len(gone) >= 2
+    for file in gone:
+        (folder / file).unlink()
+    grown = extracted(folder, tmp_path / "grown", layers=[4], engine=engine, **WHOLE)
+    assert tensors_of(grown) == tensors_of(once)
+    assert cache.layers == (2,)
+
+
+NOT_WHOLE = {
+    "last": {"positions": "last"},
+    "mean": {"positions": "mean", "keep_special_tokens": True},
+    "answers": {"positions": "answer", "data": PAIRS},
+    "template tokens left out": {"positions": "all"},
+}
+
+
+@pytest.mark.parametrize("engine", ["resident", "stream"])
+@pytest.mark.parametrize("options", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_rows_that_are_not_all_tokens_start_nothing(sharded, tmp_path, reads, engine, options):
+    once = extracted(sharded, tmp_path / "once", layers=[2, 3], engine=engine, **options)
+    extracted(sharded, tmp_path / "grown", layers=[2], engine=engine, **options)
+    reads.clear()
+    grown = extracted(sharded, tmp_path / "grown", layers=[3], engine=engine, **options)
+    assert blocks_in(reads) == {0: ONCE, 1: ONCE, 2: ONCE}
+    assert tensors_of(grown) == tensors_of(once)
+
+
+@pytest.mark.parametrize("engine", ["resident", "stream"])
+def test_rows_that_are_not_finite_start_nothing(overflowing, tmp_path, reads, engine):
+    options = {"allow_nonfinite": True, "engine": engine, **WHOLE}
+    once = extracted(overflowing, tmp_path / "once", layers=[3, 4], **options)
+    extracted(overflowing, tmp_path / "grown", layers=[3], **options)
+    reads.clear()
+    grown = extracted(overflowing, tmp_path / "grown", layers=[4], **options)
+    assert set(blocks_in(reads)) == {0, 1, 2, 3}
+    assert grown.info.non_finite == once.info.non_finite != {}
+
+
+def test_blocks_that_share_keys_start_from_the_tokens(tmp_path, reads):
+    """The last two blocks of this Gemma 4 take keys and values from the first two."""
+    folder = build(FAMILIES["gemma4"], tmp_path / "model")
+    options = {"chat_template": False, **WHOLE}
+    once = extracted(folder, tmp_path / "once", layers=[1, 2, 4], **options)
+    extracted(folder, tmp_path / "grown", layers=[1], **options)
+    extracted(folder, tmp_path / "grown", layers=[2], **options)
+    reads.clear()
+    grown = extracted(folder, tmp_path / "grown", layers=[4], **options)
+    assert set(blocks_in(reads)) == {0, 1, 2, 3}
+    assert tensors_of(grown) == tensors_of(once)
+
+
+def test_one_model_is_gone_before_the_next_is_loaded(llama, tmp_path, monkeypatch):
+    """Memory is planned for the largest passage, not for all of them."""
+    alive, load = [], Run.load
+
+    def watched(self):
+        assert [model for model in alive if model() is not None] == []
+        loaded = load(self)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(Run, "load", watched)
+    extracted(llama, tmp_path / "cache", layers=[1, 3], **WHOLE)
+    extracted(llama, tmp_path / "cache", layers=[2, 4], **WHOLE)
+    assert len(alive) == 3
+
+
+def test_the_plan_of_an_addition_reads_only_what_runs(sharded, tmp_path, reads):
+    options = {"model": str(sharded), "data": RECORDS, "output": tmp_path / "cache", **WHOLE}
+    whole = probecache.plan_extraction(layers=[4], **options)
+    extracted(sharded, tmp_path / "cache", layers=[1, 3], **WHOLE)
+    planned = probecache.plan_extraction(layers=[2, 4], **options)
+    assert [(p.start, p.layers) for p in planned.passages] == [(1, (2,)), (3, (4,))]
+    assert planned.weight_bytes < whole.weight_bytes
+    reads.clear()
+    extracted(sharded, tmp_path / "cache", layers=[2, 4], engine="stream", **WHOLE)
+    tensors = {n: t for f in sharded.glob("*.safetensors") for n, t in load_file(f).items()}
+    assert planned.weight_bytes == sum(tensors[name].nbytes for name in reads)
+
+
+# ---------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_hidden_states_are_planned_for_all_tokens_where_prefixes_are_not_shared(
+    tmp_path, monkeypatch, name
+):
+    folder = build(FAMILIES[name], tmp_path / "model")
+    monkeypatch.setattr("probecache.workflow.prepare.choose_execution", on_disk)
+    options = {"model": str(folder), "data": RECORDS + RECORDS, "chat_template": False}
+    shared, padded = (
+        probecache.plan_extraction(engine="stream", share_prefixes=share, **options)
+        for share in (True, False)
+    )
+    row = shared.hidden_size * 4
+    assert padded.spill_bytes == padded.tokens * row
+    fewer = shared.distinct_prefix_tokens if name == "llama" else shared.tokens
+    assert shared.spill_bytes == fewer * row
+
+
+@pytest.mark.parametrize("positions", ["last", "mean", "all"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
+def test_a_streamed_cache_is_the_resident_one_byte_for_byte(llama, tmp_path, positions, shared):
+    options = {"positions": positions, "share_prefixes": shared, "batch_tokens": 50}
+    resident = extracted(llama, tmp_path / "resident", engine="resident", **options)
+    streamed = extracted(llama, tmp_path / "streamed", engine="stream", **options)
+    assert tensors_of(streamed) == tensors_of(resident)
+    assert streamed.identity == resident.identity
+
+
+@pytest.mark.parametrize("layers", ["all", [2], [0]])
+def test_streaming_reads_every_needed_weight_once(sharded, tmp_path, reads, layers):
+    cache = extracted(sharded, tmp_path / "cache", layers=layers, engine="stream")
+    blocks = range(max(cache.layers[-1], 1))  # without a block there is no model to hook
+    assert blocks_in(reads) == dict.fromkeys(blocks, ONCE)
+    outside = [name for name in reads if ".layers." not in name]
+    assert sorted(outside) == ["model.embed_tokens.weight", "model.norm.weight"]
+
+
+def test_hidden_states_on_disk_give_the_same_rows_and_leave_no_file(llama, tmp_path, monkeypatch):
+    memory = extracted(llama, tmp_path / "memory", engine="stream")
+    monkeypatch.setattr("probecache.workflow.prepare.choose_execution", on_disk)
+    disk = extracted(llama, tmp_path / "disk", engine="stream")
+    assert tensors_of(disk) == tensors_of(memory)
+    assert {path.name for path in tmp_path.iterdir()} == {"memory", "disk"}
+
+
+def on_disk(*arguments, **options):
+    return replace(choose_execution(*arguments, **options), hidden_on_disk=True)
+
+
+def test_a_disk_without_room_for_hidden_states_is_refused_before_a_weight_is_read(
+    llama, tmp_path, monkeypatch
+):
+    planned = probecache.plan_extraction(model=str(llama), data=RECORDS, output=tmp_path / "cache")
+    monkeypatch.setattr("probecache.workflow.prepare.choose_execution", on_disk)
+    monkeypatch.setattr(
+        "probecache.workflow.prepare.free_bytes", lambda _: planned.bytes_total + 100
+    )
+    monkeypatch.setattr(ModelSource, "_load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(OutputError, match="not enough disk"):
+        extracted(llama, tmp_path / "cache", engine="stream")
+
+
+def test_a_weight_file_that_is_gone_meanwhile_is_told_as_such(sharded, tmp_path, monkeypatch):
+    """And not as a fault of the architecture, or of sharing prefixes."""
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    read = ModelSource.read_block
+
+    def late(self, index):
+        if index == 2:
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+        return read(self, index)
+
+    monkeypatch.setattr(ModelSource, "read_block", late)
+    with pytest.raises((OSError, ModelError)) as caught:
+        extracted(folder, tmp_path / "here" / "cache", engine="stream")
+    assert ".safetensors" in str(caught.value)
+    assert "architecture" not in str(caught.value)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+# ---------------------------------------------------------------- rows on their way to disk
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_every_row_is_written_once(llama, tmp_path, monkeypatch, way, positions):
+    written, write = [], CacheWriter.write
+
+    def counted(self, layer, examples, rows):
+        written.extend((layer, index) for index in examples)
+        write(self, layer, examples, rows)
+
+    monkeypatch.setattr(CacheWriter, "write", counted)
+    extracted(llama, tmp_path / "cache", positions=positions, batch_tokens=40, **way)
+    assert sorted(written) == sorted(product(LAYERS, range(len(RECORDS))))
+
+
+PATIENCE = 20.0  # seconds after which something waits that should not
+
+
+@pytest.mark.parametrize("engine", ["resident", "stream"])
+def test_computing_does_not_wait_for_writing(llama, tmp_path, monkeypatch, engine):
+    """No row is written before everything is computed; whoever waited for that would hang."""
+    computed, update, write = threading.Event(), Progress.update, CacheWriter.write
+
+    def seen(self, units):
+        update(self, units)
+        if self._done == self.total:
+            computed.set()
+
+    def late(self, *arguments):
+        assert computed.wait(PATIENCE)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Progress, "update", seen)
+    monkeypatch.setattr(CacheWriter, "write", late)
+    assert extracted(llama, tmp_path / "cache", engine=engine, batch_tokens=30).layers == LAYERS
+
+
+def test_writing_does_not_wait_for_computing(llama, tmp_path, monkeypatch):
+    """The last step runs only when rows of the first are on disk; whoever waited would hang."""
+    written, write, attempt = threading.Event(), CacheWriter.write, ResidentEngine._attempt
+    steps, all_but_one = [], len(RECORDS) - 1
+
+    def seen(self, *arguments):
+        write(self, *arguments)
+        written.set()
+
+    def late(self, feed, *arguments):
+        steps.append(feed.prompts)
+        # The preflight has a step for each of its two texts, and no writer yet.
+        if len(steps) > 2 + all_but_one:
+            assert written.wait(PATIENCE)
+        return attempt(self, feed, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write", seen)
+    monkeypatch.setattr(ResidentEngine, "_attempt", late)
+    options = {"share_prefixes": False, "batch_tokens": 1, "engine": "resident"}
+    assert extracted(llama, tmp_path / "cache", **options).layers == LAYERS
+    assert len(steps) == 2 + len(RECORDS)
+
+
+def threads():
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("number", [28, 5])
+def test_errors_of_the_disk_are_told_and_leave_nothing(llama, tmp_path, monkeypatch, way, number):
+    write, calls, before = CacheWriter.write, [], threads()
+
+    def full(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(number, "the disk says no")
+        write(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write", full)
+    with pytest.raises((OutputError, OSError), match="the disk says no"):
+        extracted(llama, tmp_path / "here" / "cache", batch_tokens=30, **way)
+    assert len(calls) == 3
+    assert list((tmp_path / "here").iterdir()) == []
+    assert threads() <= before
+
+
+def interrupt_at_step(number, monkeypatch):
+    """Ctrl-C, while the rows of the step before are on their way to the writer."""
+    update, calls = Progress.update, []
+
+    def interrupted(self, units):
+        calls.append(units)
+        update(self, units)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "update", interrupted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_leaves_neither_threads_nor_files(llama, tmp_path, monkeypatch, way):
+    before = threads()
+    interrupt_at_step(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extracted(llama, tmp_path / "here" / "cache", batch_tokens=30, **way)
+    assert list((tmp_path / "here").iterdir()) == []
+    assert threads() <= before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_addition_leaves_the_cache_as_it_was(llama, tmp_path, monkeypatch, way):
+    options = {"batch_tokens": 30, **WHOLE, **way}
+    cache = extracted(llama, tmp_path / "cache", layers=[2], **options)
+    before = content_of(cache.path)
+    interrupt_at_step(4, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extracted(llama, tmp_path / "cache", layers=[1, 4], **options)
+    assert content_of(cache.path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 # ---------------------------------------------------------------- the plan
@@ -351,7 +741,7 @@ def test_a_plan_writes_nothing(llama, tmp_path):
 def test_a_disk_without_room_is_refused_before_a_weight_is_read(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("probecache.workflow.prepare.free_bytes", lambda _: 1000)
     monkeypatch.setattr(
-        "probecache.models.ModelSource.load", lambda *_: pytest.fail("weights were read")
+        "probecache.models.ModelSource._load", lambda *_: pytest.fail("weights were read")
     )
     with pytest.raises(OutputError, match="not enough disk"):
         extracted(llama, tmp_path / "cache")
@@ -413,3 +803,57 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
         peak[times], size[times] = map(int, done.stdout.split())
     assert size[20] - size[1] > 200 << 20
     assert peak[20] - peak[1] < (size[20] - size[1]) / 4
+
+
+_BOUNDED = """
+import sys
+import probecache
+from probecache.memory import peak_bytes, resident_bytes
+
+tiny, folder, output, engine, most = sys.argv[1:]
+data = [
+    {"text": f"{number} " + "many words " * 10, "type": ("testing", "deployment")[number % 2]}
+    for number in range(20)
+]
+options = {"data": data, "quiet": True, "device": "cpu", "engine": engine, "positions": "last"}
+probecache.extract(model=tiny, output=output + "_tiny", **options)  # loads all that is imported
+before = resident_bytes()
+memory = before + int(most) if int(most) else None
+probecache.extract(model=folder, output=output, memory=memory, **options)
+print(peak_bytes() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A model of 12 blocks of 17 MB each, and its bytes."""
+    family = FAMILIES["llama"]
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
+    settings = {**family.settings, **sizes, "num_key_value_heads": 4, "num_hidden_layers": 12}
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    build(type(family)("larger", family.kind, settings), folder)
+    return folder, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def started(tiny, folder, output, engine, most=0):
+    """A run in a process of its own, which prints the most bytes it took beside its packages."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOUNDED, *map(str, (tiny, folder, output, engine, most))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory")
+def test_a_run_that_is_given_little_memory_takes_little(llama, larger, tmp_path):
+    folder, weights = larger
+    runs = [
+        started(llama, folder, tmp_path / "resident", "resident"),
+        started(llama, folder, tmp_path / "streamed", "auto", 90 * 10**6),
+    ]
+    resident, streamed = (int(run.communicate()[0]) for run in runs)
+    caches = [probecache.open_cache(tmp_path / name) for name in ("resident", "streamed")]
+    assert [cache.info.execution["engine"] for cache in caches] == ["resident", "stream"]
+    assert resident > weights > 190e6
+    # Not 90 MB: of tensors this small the C library keeps some memory when they are gone.
+    assert streamed < 0.6 * resident

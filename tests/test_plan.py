@@ -1,41 +1,59 @@
-"""Batches hold every prompt once within the budget; distinct prefixes are counted exactly."""
+"""Batches hold every prompt once and stretches every token, within the budget; halves lose none."""
 
 from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from probecache.errors import UsageError
-from probecache.plan import Batch, count_distinct_prefixes, plan_batches
-from probecache.types import TokenizedPrompt
+from probecache.plan import (
+    Batch,
+    Stretch,
+    estimate_working_set,
+    plan_batches,
+    plan_stretches,
+)
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=40)
+BUDGETS = st.integers(1, 200)
 
 
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
-def test_every_prompt_is_in_one_batch_that_keeps_the_budget(lengths, budget):
-    batches = plan_batches(lengths, budget)
+# ---------------------------------------------------------------- padded batches
+
+
+@given(LENGTHS, BUDGETS, st.booleans())
+def test_every_prompt_is_in_one_batch_that_keeps_the_budget(lengths, budget, mixed):
+    batches = plan_batches(lengths, budget, mixed=mixed)
     assert sorted(i for batch in batches for i in batch.prompts) == list(range(len(lengths)))
     for batch in batches:
         assert batch.padded_length == max(lengths[i] for i in batch.prompts)
-        assert batch.padded_tokens == len(batch.prompts) * batch.padded_length
-        assert batch.padded_tokens <= budget or len(batch.prompts) == 1
+        assert batch.tokens == len(batch.prompts) * batch.padded_length
+        assert batch.tokens <= budget or len(batch.prompts) == 1
     sizes = [batch.padded_length for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+@given(LENGTHS, BUDGETS)
 def test_no_two_neighbouring_batches_would_fit_into_one(lengths, budget):
-    batches = plan_batches(lengths, budget)
-    for first, second in itertools.pairwise(batches):
+    for first, _ in itertools.pairwise(plan_batches(lengths, budget)):
         assert (len(first.prompts) + 1) * first.padded_length > budget
-        assert first.padded_length >= second.padded_length
+
+
+@given(LENGTHS, BUDGETS)
+def test_batches_that_may_not_be_mixed_hold_prompts_of_one_length(lengths, budget):
+    batches = plan_batches(lengths, budget, mixed=False)
+    for batch in batches:
+        assert {lengths[index] for index in batch.prompts} == {batch.padded_length}
+    for first, second in itertools.pairwise(batches):
+        full = (len(first.prompts) + 1) * first.padded_length > budget
+        assert full or second.padded_length < first.padded_length
 
 
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=30, unique=True))
-def test_halves_share_the_prompts_out_and_keep_the_padding(prompts):
+def test_halves_of_a_batch_share_the_prompts_out_and_keep_the_padding(prompts):
     batch = Batch(tuple(prompts), padded_length=7)
     first, second = batch.halves()
     assert first.prompts + second.prompts == batch.prompts
@@ -44,20 +62,58 @@ def test_halves_share_the_prompts_out_and_keep_the_padding(prompts):
     assert (first.padded_length, second.padded_length) == (7, 7)
 
 
-def test_a_budget_below_one_token_is_refused():
+# ---------------------------------------------------------------- stretches
+
+
+@given(st.integers(1, 1000), st.integers(1, 300))
+def test_stretches_are_the_fewest_within_the_budget_and_of_like_size(tokens, budget):
+    stretches = plan_stretches(tokens, budget)
+    walk = [token for one in stretches for token in range(one.start, one.stop)]
+    assert walk == list(range(tokens))
+    sizes = [one.tokens for one in stretches]
+    assert max(sizes) <= budget
+    assert max(sizes) - min(sizes) <= 1
+    assert (len(stretches) - 1) * budget < tokens
+
+
+@given(st.integers(0, 1000), st.integers(2, 300))
+def test_halves_of_a_stretch_are_of_like_size_and_in_order(start, tokens):
+    first, second = Stretch(start, start + tokens).halves()
+    assert (first.start, first.stop, second.stop) == (start, second.start, start + tokens)
+    assert {first.tokens, second.tokens} <= {tokens // 2, -(-tokens // 2)}
+
+
+# ---------------------------------------------------------------- both
+
+
+@pytest.mark.parametrize("step", [Batch((3,), 60), Stretch(5, 6)])
+def test_a_single_prompt_or_token_cannot_be_cut(step):
+    assert not step.divisible
+
+
+@pytest.mark.parametrize("step", [Batch(tuple(range(5)), 60), Stretch(5, 105)])
+def test_halving_comes_to_an_end_with_nothing_lost(step):
+    waiting, tokens = [step], 0
+    while waiting:
+        one = waiting.pop()
+        if one.divisible:
+            halves = one.halves()
+            assert sum(half.tokens for half in halves) == one.tokens
+            waiting.extend(halves)
+        else:
+            tokens += one.tokens
+    assert tokens == step.tokens
+
+
+@pytest.mark.parametrize("plan", [lambda: plan_batches([3], 0), lambda: plan_stretches(3, 0)])
+def test_a_budget_below_one_token_is_refused(plan):
     with pytest.raises(UsageError, match="at least 1, got 0"):
-        plan_batches([3], 0)
+        plan()
 
 
-# Few ids, so that prefixes are shared; 256 and 65536 differ from 1 in another byte only.
-_IDS = st.lists(st.sampled_from([0, 1, 255, 256, 65536]), min_size=1, max_size=7)
+def test_a_working_set_grows_with_tokens_and_with_what_they_attend_to():
+    def size(tokens, attended):
+        return estimate_working_set(tokens, attended, 32, 48, heads=4, itemsize=2)
 
-
-@given(st.lists(_IDS, max_size=12))
-def test_distinct_prefixes_are_as_many_as_a_set_of_them_holds(prompts):
-    every = {tuple(ids[:n]) for ids in prompts for n in range(1, len(ids) + 1)}
-    tokenized = [
-        TokenizedPrompt(np.array(ids, dtype=np.int32), np.array([0], dtype=np.int32))
-        for ids in prompts
-    ]
-    assert count_distinct_prefixes(tokenized) == len(every)
+    assert size(200, 50) == 2 * size(100, 50)
+    assert size(100, 60) - size(100, 50) == 100 * 10 * 4 * 2

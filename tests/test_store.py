@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import IDENTITY, blueprint_of, labelled, rows_of, write_cache
+from synthetic import EXECUTION, IDENTITY, blueprint_of, labelled, rows_of, write_cache
 
 from probecache.errors import LayerNotCachedError, OutputError, StoreError, UsageError
 from probecache.fit import fit_difference_of_means
@@ -89,7 +89,7 @@ def test_rows_may_come_in_any_order(tmp_path):
         identity = IDENTITY.__class__(
             **{**IDENTITY.__dict__, "hidden_size": HIDDEN, "positions": "all"}
         )
-        writer.commit(identity, {}, {})
+        writer.commit(identity, {}, {}, EXECUTION)
     ordered = write_cache(tmp_path / "d", RECORDS, {7: values}, tokens=tokens, positions="all")
     for label in ("testing", "deployment"):
         assert torch.equal(open_cache(tmp_path / "c")[label, 7], rows_of(ordered, label, 7))
@@ -640,7 +640,7 @@ def commit(writer, layer, seed):
     writer.write(layer, range(len(RECORDS)), rows(seed))
     weights = {known: f"{known:064x}" for known in (10, 20, layer)}
     identity = replace(open_cache(writer.final).identity, weights=weights)
-    writer.commit(identity, {"extract_s": 0.0, "load_s": 0.0}, {})
+    writer.commit(identity, {"extract_s": 0.0, "load_s": 0.0}, {}, EXECUTION)
 
 
 def test_two_runs_that_add_layers_at_once_both_keep_theirs(cache):
@@ -662,7 +662,8 @@ def test_runs_that_commit_at_the_same_moment_keep_all_their_layers(cache):
             writer.write(layer, range(len(RECORDS)), rows(layer))
             together.wait()
             weights = {layer: f"{layer:064x}"}
-            writer.commit(replace(cache.identity, weights=weights), {"extract_s": 0.0}, {})
+            identity = replace(cache.identity, weights=weights)
+            writer.commit(identity, {"extract_s": 0.0}, {}, EXECUTION)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(add, (5, 6, 7, 8)))

@@ -56,6 +56,9 @@ def extract(
     device: str | None = None,
     device_map: str | None = None,
     batch_tokens: int | None = None,
+    engine: str = "auto",
+    memory: int | str | None = None,
+    share_prefixes: bool = True,
     allow_nonfinite: bool = False,
     quiet: bool = False,
     announce: Callable[[Plan], None] | None = None,
@@ -77,7 +80,12 @@ def extract(
         adapter: folder or hub id of a PEFT adapter.
         device: "cpu", "cuda", "cuda:1" or "mps"; None: the best there is.
         device_map: "auto" spreads the model over all devices.
-        batch_tokens: most tokens per batch, padding included.
+        batch_tokens: most tokens per forward pass.
+        engine: "resident" keeps the model in memory, "stream" one block after the other; "auto":
+            whichever fits.
+        memory: most that the run may take, such as "8GB" or a number of bytes: in RAM, or on the
+            CUDA device. None: what there is.
+        share_prefixes: compute once what prompts begin with alike; False: padded batches.
         allow_nonfinite: keep NaN and Inf, counted, instead of stopping.
         quiet: no progress on stderr.
         announce: told the plan before any weight is read.
@@ -104,6 +112,9 @@ def extract(
         device=device,
         device_map=device_map,
         batch_tokens=batch_tokens,
+        engine=engine,
+        memory=memory,
+        share_prefixes=share_prefixes,
         allow_nonfinite=allow_nonfinite,
         quiet=quiet,
     )
@@ -245,10 +256,14 @@ def _request(
     device: str | None = None,
     device_map: str | None = None,
     batch_tokens: int | None = None,
+    engine: str | None = None,
+    memory: int | str | None = None,
     **run: Any,
 ) -> ExtractRequest:
+    from probecache.memory import parse_bytes
     from probecache.models import ModelOptions
     from probecache.prompts import PromptOptions
+    from probecache.workflow.execution import EngineName
     from probecache.workflow.prepare import ExtractRequest
 
     if batch_tokens is not None and batch_tokens < 1:
@@ -272,6 +287,8 @@ def _request(
             truncate=truncate,
         ),
         batch_tokens=batch_tokens,
+        engine=_choice(EngineName, engine, "engine") or EngineName.AUTO,
+        memory=None if memory is None else parse_bytes(memory),
         **run,
     )
 

@@ -106,7 +106,29 @@ DeviceMapOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option("--batch-tokens", min=1, help="Most tokens per batch, padding included."),
+    typer.Option("--batch-tokens", min=1, help="Most tokens per forward pass."),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="resident: the model in memory; stream: one block after the other; auto: whichever "
+        "fits [default: auto].",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Most memory to take, such as 8GB: in RAM, or on the GPU [default: what there is].",
+    ),
+]
+NoSharingOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-shared-prefixes",
+        help="Run whole prompts in padded batches instead of computing shared prefixes once.",
+    ),
 ]
 NonFiniteOption = Annotated[
     bool,
@@ -155,6 +177,9 @@ def extract(
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     batch_tokens: BatchOption = None,
+    engine: EngineOption = None,
+    memory: MemoryOption = None,
+    no_shared_prefixes: NoSharingOption = False,
     allow_nonfinite: NonFiniteOption = False,
     quiet: QuietOption = False,
     dry_run: Annotated[
@@ -203,6 +228,9 @@ def plan(
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     batch_tokens: BatchOption = None,
+    engine: EngineOption = None,
+    memory: MemoryOption = None,
+    no_shared_prefixes: NoSharingOption = False,
 ) -> None:
     """Print what an extraction would cost.
 
@@ -237,6 +265,9 @@ def train(
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     batch_tokens: BatchOption = None,
+    engine: EngineOption = None,
+    memory: MemoryOption = None,
+    no_shared_prefixes: NoSharingOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a direction per layer from a cache, or from a model.
@@ -293,6 +324,9 @@ def validate(
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     batch_tokens: BatchOption = None,
+    engine: EngineOption = None,
+    memory: MemoryOption = None,
+    no_shared_prefixes: NoSharingOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score prompts with vectors: AUROC per layer, plots.
@@ -381,11 +415,15 @@ def _extraction(given: dict[str, Any]) -> dict[str, Any]:
         "device",
         "device_map",
         "batch_tokens",
+        "engine",
+        "memory",
         "quiet",
     )
     options = {name: given[name] for name in names if given.get(name) not in (None, False)}
     if given["no_chat_template"]:
         options["chat_template"] = False
+    if given["no_shared_prefixes"]:
+        options["share_prefixes"] = False
     return options
 
 

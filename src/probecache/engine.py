@@ -1,35 +1,44 @@
 """Token ids to residual streams.
 
-An `Engine` takes prompts and planned batches and yields rows, layer by layer or batch by batch, in
+An `Engine` takes prompts cut into steps and yields rows, layer by layer or step by step, in
 whatever order suits it; it knows neither files nor examples. Guarantee: each prompt's kept rows
 come out exactly once per layer, in the order of `kept`, as if the prompt had run alone (up to the
-rounding of the dtype). Only the kept rows leave the device.
-
-Dimensions: B prompts of a batch, T padded tokens, H hidden size, K kept rows of the batch.
+rounding of the dtype). Only the kept rows leave the device, and the next step computes meanwhile.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from probecache.errors import OutOfMemoryError
-from probecache.loaded import hidden_of
+from probecache.feeds import Context
+from probecache.loaded import hidden_of, input_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
+    from probecache.feeds import Feed, Work
     from probecache.loaded import LoadedModel
-    from probecache.plan import Batch
-    from probecache.types import TokenizedPrompt
+    from probecache.plan import Step
 
-__all__ = ["Engine", "ResidentEngine", "Rows", "is_out_of_memory", "no_room"]
+__all__ = [
+    "Engine",
+    "ResidentEngine",
+    "Rows",
+    "Start",
+    "Transfer",
+    "is_out_of_memory",
+    "no_room",
+    "release_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -41,111 +50,135 @@ class Rows:
     values: torch.Tensor
 
 
+class Start(Protocol):
+    """Residual streams that are known already, so that the blocks below need not run."""
+
+    @property
+    def layer(self) -> int:
+        """Where the rows belong."""
+        ...
+
+    def rows(self, prompts: NDArray[np.int64], depths: NDArray[np.int64]) -> torch.Tensor:
+        """The rows [tokens, hidden] of some tokens, given by prompt and place in it; on the CPU.
+
+        A prompt of -1 stands for padding; any finite row will do.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Runs prompts through a model and yields the rows that are kept."""
 
     def run(
         self,
-        prompts: Sequence[TokenizedPrompt],
-        batches: Iterable[Batch],
+        work: Work,
         layers: Sequence[int],
-        *,
-        mean: bool = False,
+        start: Start | None = None,
+        told: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Rows]:
         """Yield the kept rows of every prompt at every layer.
 
         Args:
-            prompts: all prompts of the run.
-            batches: which of them go together.
+            work: all prompts of the run, in steps.
             layers: rising; each at most the depth that was loaded.
-            mean: one row per prompt, the mean over its kept tokens.
+            start: where to begin, below the first of the layers; None: at the tokens.
+            told: of tokens x blocks as they are computed.
 
         Raises:
-            OutOfMemoryError: a single prompt does not fit.
+            OutOfMemoryError: a step does not fit and cannot be cut.
+            PreflightError: the model does not share prefixes although `work` asks for it.
         """
         ...
 
 
 @dataclass
 class ResidentEngine:
-    """The whole (cut) model stays on its devices; batches go through one after the other.
+    """The whole (cut) model stays on its devices; steps go through one after the other.
 
-    A batch that does not fit is halved and run again; so is every later one of its size.
+    A step that does not fit is halved and run again; so is every later one of its size.
     """
 
     model: LoadedModel
-    _largest_padded: int = field(default=1 << 62)
+    _largest: int = field(default=1 << 62)
 
     def run(
         self,
-        prompts: Sequence[TokenizedPrompt],
-        batches: Iterable[Batch],
+        work: Work,
         layers: Sequence[int],
-        *,
-        mean: bool = False,
+        start: Start | None = None,
+        told: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Rows]:
         """See `Engine.run`."""
-        waiting = deque(batches)
-        while waiting:
-            batch = waiting.popleft()
-            if batch.padded_tokens > self._largest_padded and len(batch.prompts) > 1:
-                waiting.extendleft(reversed(batch.halves()))
-                continue
-            rows = self._attempt(prompts, batch, layers, mean)
-            if rows is None:
-                self._shrink(batch, prompts)
-                waiting.appendleft(batch)
-                continue
-            for layer, values in rows.items():
-                yield Rows(layer, batch.prompts, values)
+        blocks = range(start.layer if start else 0, self.model.depth)
+        waiting, context = deque(work.steps), Context()
+        computed: Transfer | None = None
+        with work.attention([self.model.model]):
+            while waiting:
+                step = waiting.popleft()
+                if step.tokens > self._largest and step.divisible:
+                    waiting.extendleft(reversed(step.halves()))
+                    continue
+                feed = work.feed(step, context, self.model)
+                transfer = self._attempt(feed, blocks, layers, start)
+                if transfer is None:
+                    self._shrink(step, work)
+                    waiting.appendleft(step)
+                    continue
+                told(step.tokens * len(blocks))
+                if computed is not None:
+                    yield from computed.rows()
+                computed = transfer
+        if computed is not None:
+            yield from computed.rows()
 
     def _attempt(
-        self, prompts: Sequence[TokenizedPrompt], batch: Batch, layers: Sequence[int], mean: bool
-    ) -> dict[int, torch.Tensor] | None:
-        """Rows of a batch by layer; None when memory ran out."""
+        self, feed: Feed, blocks: range, layers: Sequence[int], start: Start | None
+    ) -> Transfer | None:
+        """A step's rows on their way to the CPU; None when memory ran out."""
         import torch
 
         try:
             with torch.inference_mode():
-                return self._forward([prompts[index] for index in batch.prompts], layers, mean)
+                transfer = Transfer(feed.prompts, self._forward(feed, layers, start))
+                feed.finish(len(blocks))  # last: what failed is run again from the same context
+                return transfer
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
 
-    def _shrink(self, batch: Batch, prompts: Sequence[TokenizedPrompt]) -> None:
-        # Runs after the except clause: the traceback would have kept the batch's tensors alive.
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch.prompts) == 1:
-            raise no_room(len(prompts[batch.prompts[0]]))
-        self._largest_padded = batch.padded_tokens // 2
+    def _shrink(self, step: Step, work: Work) -> None:
+        # Runs after the except clause: the traceback would have kept the step's tensors alive.
+        release_memory()
+        if not step.divisible:
+            raise no_room(step.tokens)
+        self._largest = step.tokens // 2
 
     def _forward(
-        self, prompts: Sequence[TokenizedPrompt], layers: Sequence[int], mean: bool
+        self, feed: Feed, layers: Sequence[int], start: Start | None
     ) -> dict[int, torch.Tensor]:
-        import torch
-
-        device = self.model.input_device
-        ids, mask = _pad(prompts, self.model.pad_token_id)
-        select = _selector(prompts, ids.shape[1], mean)
         kept: dict[int, torch.Tensor] = {}
-        hooks = self._hook(layers, lambda layer, hidden: kept.__setitem__(layer, select(hidden)))
-        try:
-            full = bool(mask.all())
-            self.model.forward(
-                torch.from_numpy(ids).to(device),
-                None if full else torch.from_numpy(mask).to(device),
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {layer: kept[layer].cpu() for layer in layers}
 
-    def _hook(self, layers: Sequence[int], keep: Callable[[int, torch.Tensor], None]) -> list[Any]:
+        def keep(layer: int, hidden: torch.Tensor) -> None:
+            kept[layer] = feed.rows(layer, hidden)
+
+        with ExitStack() as hooks:
+            for hook in [*self._begin(feed, start), *self._listen(layers, keep)]:
+                hooks.callback(hook.remove)
+            with feed.running():
+                self.model.forward(**feed.inputs)
+        return kept
+
+    def _begin(self, feed: Feed, start: Start | None) -> list[Any]:
+        """Let the first block that runs take the rows that are known already."""
+        if start is None:
+            return []
+        known = start.rows(feed.owners, feed.depths).view(*feed.shape, -1)
+        return [self.model.feed_block(start.layer, known)]
+
+    def _listen(
+        self, layers: Sequence[int], keep: Callable[[int, torch.Tensor], None]
+    ) -> list[Any]:
         """Listen where layer L passes: at the first block's input for 0, else behind block L-1.
 
         `hidden_states` of Hugging Face would hold every layer of every token, the last one normed.
@@ -155,7 +188,7 @@ class ResidentEngine:
             if layer == 0:
                 hooks.append(
                     blocks[0].register_forward_pre_hook(
-                        lambda _m, args, kwargs: keep(0, _input_of(args, kwargs)), with_kwargs=True
+                        lambda _m, args, kwargs: keep(0, input_of(args, kwargs)), with_kwargs=True
                     )
                 )
             else:
@@ -167,53 +200,46 @@ class ResidentEngine:
         return hooks
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return hidden_of(args[0] if args else kwargs["hidden_states"])
+class Transfer:
+    """Rows on their way from the device to the CPU, without waiting for them."""
+
+    def __init__(self, prompts: tuple[int, ...], kept: dict[int, torch.Tensor]) -> None:
+        import torch
+
+        self._prompts = prompts
+        self._events: list[Any] = []
+        self._values: dict[int, torch.Tensor] = {}
+        for layer, rows in kept.items():
+            if rows.device.type != "cuda":
+                self._values[layer] = rows.cpu()
+                continue
+            self._values[layer] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self._values[layer].copy_(rows, non_blocking=True)
+            self._events.append(torch.cuda.current_stream(rows.device).record_event())
+
+    def rows(self) -> Iterator[Rows]:
+        """The rows, once they have arrived; none where no prompt ends in the step."""
+        for event in self._events:
+            event.synchronize()
+        if self._prompts:
+            for layer in sorted(self._values):
+                yield Rows(layer, self._prompts, self._values[layer])
 
 
-def _pad(prompts: Sequence[TokenizedPrompt], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask, [B, T], padded on the right whatever the tokenizer prefers.
-
-    On the right no real token of a causal model can see padding, and positions count from 0 with
-    no position ids given, in every architecture.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
-    mask = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt.ids
-        mask[row, : len(prompt)] = 1
-    return ids, mask
-
-
-def _selector(
-    prompts: Sequence[TokenizedPrompt], padded: int, mean: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from [B, T, H] to the kept rows [K, H], or their means [B, H]."""
+def release_memory() -> None:
+    """Give back what dead tensors hold."""
     import torch
 
-    flat = torch.from_numpy(
-        np.concatenate([row * padded + prompt.kept for row, prompt in enumerate(prompts)])
-    ).long()
-    counts = [len(prompt.kept) for prompt in prompts]
-
-    def rows_of(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.flatten(0, 1).index_select(0, flat.to(hidden.device))
-
-    def means_of(hidden: torch.Tensor) -> torch.Tensor:
-        # A mean of long texts in bfloat16 loses the direction; mps has no float64.
-        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
-        pieces = torch.split(rows_of(hidden), counts)
-        return torch.stack([piece.to(wide).mean(0) for piece in pieces]).to(hidden.dtype)
-
-    return means_of if mean else rows_of
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def no_room(tokens: int) -> OutOfMemoryError:
-    """The error for a prompt of so many tokens that does not fit even alone."""
+    """The error for a step of so many tokens that does not fit even alone."""
     return OutOfMemoryError(
         f"expected room for a prompt of {tokens} tokens beside the weights, but memory ran out; "
-        "use fewer layers, --truncate on shorter texts, another --dtype or --device-map auto"
+        "use --engine stream, fewer layers, --truncate on shorter texts or another --dtype"
     )
 
 

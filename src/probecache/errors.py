@@ -6,7 +6,8 @@
     ├── DataError                a data file cannot be read as records; names the row
     ├── PromptError              a record cannot be rendered to token ids; names the row
     ├── ModelError               a model cannot be found, read or run
-    │   ├── PreflightError       batched forward and plain forward disagree
+    │   ├── PreflightError       the run's forward and a plain one disagree
+    │   ├── ForwardError         a model's own code does not run as it is asked to
     │   └── OutOfMemoryError     a single prompt does not fit on the device
     ├── NonFiniteError           NaN or Inf in activations
     ├── OutputError              the output place is taken, full or not writable
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "EmptyClassError",
     "FitError",
+    "ForwardError",
     "LayerError",
     "LayerNotCachedError",
     "MismatchError",
@@ -74,6 +76,10 @@ class ModelError(ProbecacheError):
 
 class PreflightError(ModelError):
     """The batched forward disagrees with a plain one-prompt-at-a-time forward."""
+
+
+class ForwardError(ModelError):
+    """A model's own code does not run on what it is given."""
 
 
 class OutOfMemoryError(ModelError):

@@ -2,8 +2,10 @@
 
 All three go through the public `from_pretrained` of transformers with a state dict, so its weight
 conversions and quantisers run, and a block that is built alone equals bit for bit the one that
-comes with the model. Beside `models.py` the only importer of transformers. Guarantee: every weight
-came from the checkpoint in its own shape; transformers would draw missing ones at random.
+comes with the model. Imports transformers, as `models.py` and `attention.py` do.
+
+Guarantee: every weight came from the checkpoint in its own shape; transformers would draw missing
+ones at random.
 """
 
 from __future__ import annotations
@@ -26,29 +28,7 @@ if TYPE_CHECKING:
 
     from probecache.reading import BlockWeights
 
-__all__ = ["Loader", "find_device"]
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of a name; without one the best there is.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    import torch
-
-    if name is None and torch.cuda.is_available():
-        name = "cuda"
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"expected the device {name} to be there, got: {one_line(error)}; pass --device"
-        ) from error
-    return device
+__all__ = ["Loader"]
 
 
 @dataclass(frozen=True)

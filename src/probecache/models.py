@@ -1,6 +1,6 @@
 """Models: what they are, which of their weights are needed, where their blocks are.
 
-With `loading.py` the only importer of transformers. Two steps:
+Imports transformers, as `loading.py` and `attention.py` do. Two steps:
 
     open_model(options) -> ModelSource            config and tokenizer; reads no weights
     ModelSource.load(depth, start) -> LoadedModel the embeddings, and blocks as many as are wanted
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from probecache.adapter import Adapter, find_adapter
 from probecache.checkpoint import Naming, Weights, folder_of
+from probecache.devices import find_device
 from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
-from probecache.loading import Loader, find_device
+from probecache.loading import Loader
 from probecache.prompts import TokenizerFacts
 from probecache.reading import BlockWeights, LazyTensor, WeightReader
 from probecache.types import Dtype
@@ -197,6 +198,44 @@ class ModelSource:
         name = self.options.adapter
         return None if name is None else find_adapter(name, _SETTINGS_FILES)
 
+    @property
+    def independent_blocks(self) -> int:
+        """How many blocks need nothing of those before them but the residual stream."""
+        if self.why_not_streamed:
+            return 0
+        # Gemma 4's last blocks take keys and values from earlier ones.
+        shared = getattr(self.text_config, "num_kv_shared_layers", None) or 0
+        return self.num_hidden_layers - shared
+
+    # -- prefixes
+
+    def depends_on_length(self, longest: int) -> bool:
+        """Whether a token's numbers depend on how many follow it in its prompt.
+
+        Rotary embeddings that change with the longest position of a forward pass: with "dynamic"
+        and "longrope" scaling beyond the length that the model was first trained on.
+        """
+        parameters = getattr(self.text_config, "rope_parameters", None) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        for one in nested or [parameters]:
+            if one.get("rope_type") in ("dynamic", "longrope"):
+                trained = one.get("original_max_position_embeddings") or getattr(
+                    self.text_config, "original_max_position_embeddings", None
+                )
+                if longest > (trained or self.text_config.max_position_embeddings):
+                    return True
+        return False
+
+    def why_not_shared(self, longest: int) -> str:
+        """Why prompts up to a length cannot share prefixes; empty where they may."""
+        if not self.causal:
+            return f"in {self.architecture} tokens see those behind them"
+        if self.depends_on_length(longest):
+            return f"the rotary embedding of {self.architecture} changes with a prompt's length"
+        if self._shell._is_stateful:
+            return f"{self.architecture} keeps a state from token to token"
+        return ""
+
     # -- checks
 
     def check_architecture(self) -> None:
@@ -362,6 +401,12 @@ class ModelSource:
         Raises:
             ModelError: weights are missing, of other shapes, or the device is not there.
         """
+        if start > 0 and depth > self.independent_blocks:
+            raise _no_parts(
+                self.why_not_streamed
+                or f"{self.architecture}, whose blocks from {self.independent_blocks} on take keys "
+                "and values from earlier ones"
+            )
         return self._load(_blocks(depth, start), self._loader)
 
     def skeleton(self, depth: int) -> LoadedModel:
@@ -373,6 +418,8 @@ class ModelSource:
         Raises:
             ModelError: as `load`, or an architecture whose blocks cannot stand alone.
         """
+        if self.why_not_streamed:
+            raise _no_parts(self.why_not_streamed)
         return self._load(range(depth, depth), self._single_loader)
 
     def read_block(self, index: int) -> BlockWeights:
@@ -393,27 +440,16 @@ class ModelSource:
         return self._single_loader.block(index, weights)
 
     def _load(self, blocks: range, loader: Loader) -> LoadedModel:
-        if blocks.start > 0:
-            self._check_parts(blocks.stop)
         self._fetch(blocks)
         needed = self.weights.needed(blocks)
         return loader.model({one.name: LazyTensor(one, self.reader) for one in needed}, blocks)
 
-    def _check_parts(self, depth: int) -> None:
-        """Refuse to part blocks that cannot be loaded, or do not compute, one without another."""
-        shared = getattr(self.text_config, "num_kv_shared_layers", None) or 0
-        what = None
-        if depth > self.num_hidden_layers - shared:
-            what = (
-                f"{self.architecture}, whose last {shared} take keys and values from earlier ones"
-            )
+    @cached_property
+    def why_not_streamed(self) -> str:
+        """Why blocks cannot be loaded one by one; empty where they can."""
         if self._wants_files:
-            what = "a quantisation that has to read the whole checkpoint itself"
-        if what is not None:
-            raise ModelError(
-                f"expected blocks that stand alone, got {what}; this model cannot be streamed or "
-                "continued from a cached layer: keep it in memory as a whole"
-            )
+            return "a quantisation that has to read the whole checkpoint itself"
+        return ""
 
     @property
     def _wants_files(self) -> bool:
@@ -484,6 +520,13 @@ def _read_config(folder: Path, name: str) -> Any:
 def _blocks(depth: int, start: int) -> range:
     """The blocks from `start` to before `depth`; at least one without a start, as for layer 0."""
     return range(start, max(depth, 1) if start == 0 else depth)
+
+
+def _no_parts(whole: str) -> ModelError:
+    return ModelError(
+        f"expected blocks that stand alone, got {whole}; this model cannot be streamed or "
+        "continued from a cached layer: keep it in memory as a whole"
+    )
 
 
 def _has_accelerate() -> bool:

@@ -1,42 +1,68 @@
-"""What a run will cost, and in which batches it goes, before any weight is read.
+"""How prompts are cut into steps of one forward pass each, before any weight is read.
 
-Guarantee: every prompt is in exactly one batch; a batch's padded size keeps the token budget unless
-one prompt alone exceeds it. Counts are exact. Knows token ids and lengths, neither model nor disk.
+Two ways: padded batches, and stretches of the prefix tree (see `prefixes.py`). Guarantee: every
+prompt comes out of exactly one step; a step keeps the token budget unless one prompt of a padded
+batch alone exceeds it. Knows token ids and lengths, neither model nor disk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
 
 from probecache.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from probecache.types import TokenizedPrompt
-
 __all__ = [
     "Batch",
-    "count_distinct_prefixes",
+    "Step",
+    "Stretch",
     "estimate_working_set",
     "plan_batches",
+    "plan_stretches",
 ]
+
+
+class Step(Protocol):
+    """What goes through the model in one forward pass."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes, padding included."""
+        ...
+
+    @property
+    def divisible(self) -> bool:
+        """Whether there is less than this to try when it does not fit."""
+        ...
+
+    def halves(self) -> tuple[Step, Step]:
+        """The step cut in two, tokens in the same order."""
+        ...
+
+
+_TOGETHER = 1024  # tokens in one call of attention, roughly
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Prompts that go through the model together, as indices into the run's prompts."""
+    """Prompts padded to one length, as indices into the run's prompts."""
 
     prompts: tuple[int, ...]
     padded_length: int
 
     @property
-    def padded_tokens(self) -> int:
+    def tokens(self) -> int:
         """Tokens that the model computes, padding included."""
         return len(self.prompts) * self.padded_length
+
+    @property
+    def divisible(self) -> bool:
+        """Whether it holds more than one prompt."""
+        return len(self.prompts) > 1
 
     def halves(self) -> tuple[Batch, Batch]:
         """The batch cut in two; each half keeps the padding, so its numbers stay the same."""
@@ -47,21 +73,45 @@ class Batch:
         )
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[Batch]:
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens start..stop of the walk through a prefix tree."""
+
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes."""
+        return self.stop - self.start
+
+    @property
+    def divisible(self) -> bool:
+        """Whether it holds more than one token."""
+        return self.tokens > 1
+
+    def halves(self) -> tuple[Stretch, Stretch]:
+        """The stretch cut in two."""
+        middle = (self.start + self.stop) // 2
+        return Stretch(self.start, middle), Stretch(middle, self.stop)
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int, *, mixed: bool = True) -> list[Batch]:
     """Group prompts of like length, longest first, so that the first batch is the largest.
 
     Args:
         lengths: tokens of each prompt.
         token_budget: most tokens per batch, padding included.
+        mixed: whether prompts of different lengths may share a batch.
     """
-    if token_budget < 1:
-        raise UsageError(f"expected a token budget of at least 1, got {token_budget}")
+    _check_budget(token_budget)
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[Batch] = []
     group: list[int] = []
     for index in order:
         longest = lengths[group[0]] if group else lengths[index]
-        if group and (len(group) + 1) * longest > token_budget:
+        full = (len(group) + 1) * longest > token_budget
+        if group and (full or not (mixed or lengths[index] == longest)):
             batches.append(Batch(tuple(group), longest))
             group = []
         group.append(index)
@@ -70,35 +120,27 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[Batch]:
     return batches
 
 
-def count_distinct_prefixes(prompts: Sequence[TokenizedPrompt]) -> int:
-    """Number of different prefixes among all prompts: the tokens that a causal model must compute.
+def plan_stretches(tokens: int, token_budget: int) -> list[Stretch]:
+    """Cut a walk of so many tokens into the fewest stretches within the budget, of like size."""
+    _check_budget(token_budget)
+    count = -(-tokens // token_budget)
+    bounds = [tokens * number // count for number in range(count + 1)]
+    return [Stretch(start, stop) for start, stop in pairwise(bounds)]
 
-    Sorted, a prompt shares with the ones before it exactly what it shares with its neighbour.
-    """
-    # Big-endian bytes sort as the ids themselves do.
-    ordered = sorted(prompt.ids.astype(">i4").tobytes() for prompt in prompts)
-    total, before = 0, np.empty(0, dtype=">i4")
-    for key in ordered:
-        ids = np.frombuffer(key, dtype=">i4")
-        shared = min(len(ids), len(before))
-        differing = np.flatnonzero(ids[:shared] != before[:shared])
-        total += len(ids) - (int(differing[0]) if len(differing) else shared)
-        before = ids
-    return total
+
+def _check_budget(token_budget: int) -> None:
+    if token_budget < 1:
+        raise UsageError(f"expected a token budget of at least 1, got {token_budget}")
 
 
 def estimate_working_set(
-    batches: Sequence[Batch], hidden_size: int, intermediate_size: int, heads: int, itemsize: int
+    tokens: int, attended: int, hidden_size: int, intermediate_size: int, heads: int, itemsize: int
 ) -> int:
-    """Rough bytes that the largest batch needs beside the weights.
+    """Rough bytes that a step of so many tokens needs beside the weights.
 
     Counts one block's live tensors: residual, its normed copy, attention's projections and output
     (six of hidden width) and the MLP's two inner ones; and for attention written out in full, the
-    scores of every head.
+    scores of every head over the `attended` tokens, of so many tokens at a time.
     """
-    most = 0
-    for batch in batches:
-        rows = batch.padded_tokens * (6 * hidden_size + 2 * intermediate_size)
-        scores = batch.padded_tokens * batch.padded_length * heads
-        most = max(most, (rows + scores) * itemsize)
-    return most
+    rows = tokens * (6 * hidden_size + 2 * intermediate_size)
+    return (rows + min(tokens, _TOGETHER) * attended * heads) * itemsize

@@ -2,11 +2,12 @@
 
 Not by memory map: a mapped tensor lies where the file happens to put it, and matrix products on
 memory of another alignment differ in their last bits; it also counts as memory in use or not as the
-kernel pleases. Guarantee: tensors on a CPU are 64-byte aligned and own their memory.
+kernel pleases. Guarantee: tensors on a CPU begin with a page and own their memory.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,8 +126,12 @@ class WeightReader:
         dtype = _dtype_of(stored)
         if stored.size == 0:
             return torch.empty(stored.shape, dtype=dtype)
-        # The allocator of torch aligns to 64 bytes.
-        raw = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
+        if pinned:
+            raw = torch.empty(stored.size, dtype=torch.uint8, pin_memory=True)
+        else:
+            # Pages of their own go back to the system with the tensor. The C library would keep
+            # what is freed, and a streamed model would hold several blocks instead of two.
+            raw = torch.frombuffer(mmap.mmap(-1, stored.size), dtype=torch.uint8)
         with _place_of(stored).open("rb", buffering=0) as file:
             file.seek(stored.offset)
             view, filled = memoryview(raw.numpy()), 0  # type: ignore[arg-type]

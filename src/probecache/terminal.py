@@ -58,14 +58,34 @@ def print_plan(planned: Plan) -> None:
         ("disk in all", f"{planned.bytes_total:,} bytes ({_bytes(planned.bytes_total)})"),
         ("disk free", f"{planned.bytes_free:,} bytes at {planned.output}"),
         ("weights to read", f"{planned.weight_bytes:,} bytes ({_bytes(planned.weight_bytes)})"),
-        ("memory, estimated", f"{_bytes(planned.memory_bytes)}, and about 0.5 GB of Python itself"),
     ]
+    if planned.execution is not None:
+        lines += [
+            ("engine", _engine(planned)),
+            (
+                "memory, estimated",
+                f"{_bytes(planned.execution.memory_bytes)}, and about 0.5 GB of Python itself",
+            ),
+        ]
     if planned.cached_layers:
         lines.append(("already cached", f"layers {format_layers(planned.cached_layers)}"))
     for name, value in lines:
         print(f"{name:<23} {value}")
-    if planned.bytes_total > planned.bytes_free:
+    if planned.bytes_total + planned.spill_bytes > planned.bytes_free:
         print("The disk does not hold this: extract would refuse.")
+
+
+def _engine(planned: Plan) -> str:
+    """Which engine runs and where it starts."""
+    assert planned.execution is not None
+    name = str(planned.execution.engine)
+    if planned.execution.engine == "stream":
+        where = f"in {_bytes(planned.spill_bytes)} on disk" if planned.spill_bytes else "in memory"
+        name += f": one block after the other, hidden states {where}"
+        if planned.execution.limit_bytes is not None:
+            name += f", within {_bytes(planned.execution.limit_bytes)}"
+    starts = [str(passage.start) for passage in planned.passages if passage.cached]
+    return name + (f"; goes on from cached layer {', '.join(starts)}" if starts else "")
 
 
 def print_vectors(vectors: SavedVectors) -> None:

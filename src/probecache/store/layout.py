@@ -114,6 +114,7 @@ class LayerInfo(BaseModel):
     origin: Origin
     created: str
     timing: dict[str, float]
+    execution: dict[str, str] = Field(default_factory=dict)
     non_finite: dict[int, int] = Field(default_factory=dict)
     files: dict[str, FileRecord]
 
@@ -307,6 +308,7 @@ class Blueprint:
         timing: dict[str, float],
         non_finite: dict[int, int],
         hashes: dict[str, str],
+        execution: dict[str, str] | None = None,
         offsets: dict[str, int] | None = None,
     ) -> LayerInfo:
         """layer_info.json as a checked object."""
@@ -321,6 +323,7 @@ class Blueprint:
             origin=self.origin,
             created=created,
             timing=timing,
+            execution=execution or {},
             non_finite=non_finite,
             files={
                 name: FileRecord(

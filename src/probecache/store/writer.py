@@ -106,7 +106,11 @@ class CacheWriter:
             self._fill(TOKENS, 0, memoryview(ids.astype("<i4").tobytes()))
 
     def commit(
-        self, identity: Identity, timing: dict[str, float], non_finite: dict[int, int]
+        self,
+        identity: Identity,
+        timing: dict[str, float],
+        non_finite: dict[int, int],
+        execution: dict[str, str],
     ) -> LayerInfo:
         """Hash, flush and rename; afterwards the cache is there, or an error was raised."""
         started = time.perf_counter()
@@ -129,6 +133,7 @@ class CacheWriter:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             timing={**timing, "write_s": round(self.seconds, 3)},
             non_finite=non_finite,
+            execution=execution,
             hashes=hashes,
             offsets=offsets,
         )

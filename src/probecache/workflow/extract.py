@@ -6,7 +6,6 @@ or a kill during the run leaves no cache, or the old one as it was.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections import Counter
@@ -18,20 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probecache.atomic import real_path, require_place
-from probecache.engine import ResidentEngine
-from probecache.errors import NonFiniteError, OutputError
+from probecache.engine import release_memory
+from probecache.errors import ModelError, NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
 from probecache.loaded import LoadedModel
-from probecache.plan import (
-    Batch,
-    plan_batches,
-)
+from probecache.memory import peak_bytes
 from probecache.progress import Progress
-from probecache.store.layout import Blueprint
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer, require_free_layers
 from probecache.types import Identity, Positions
-from probecache.workflow.preflight import check_engine
+from probecache.workflow.execution import Passage
+from probecache.workflow.pipe import Pipe
 from probecache.workflow.prepare import (
     ExtractRequest,
     Plan,
@@ -39,11 +35,13 @@ from probecache.workflow.prepare import (
     existing_cache,
     missing,
     prepare,
-    token_budget,
     work_out,
 )
+from probecache.workflow.running import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from probecache.engine import Rows
 
 __all__ = ["extract"]
@@ -90,21 +88,10 @@ def extract(
     if not blueprint.layers:
         return open_cache(output)
 
-    started = time.perf_counter()
-    model = prepared.source.load(max(blueprint.layers))
-    load_seconds = time.perf_counter() - started
-    identity = replace(identity, attention=model.attention)
-    if existing is not None:
-        _require_same_cache(existing, identity)
     with open_writer(output, blueprint, existing.info if existing else None) as writer:
-        timing, non_finite = _fill(writer, model, prepared)
-        timing |= {
-            "load_s": round(load_seconds, 3),
-            "tokens": planned.tokens,
-            "distinct_tokens": planned.distinct_prefix_tokens,
-            "peak_memory": _peak_memory(model),
-        }
-        writer.commit(identity, timing, non_finite)
+        filling = _Filling(writer, prepared, planned, existing)
+        identity = filling.fill(identity)
+        writer.commit(identity, filling.timing(), dict(filling.non_finite), filling.execution())
     return open_cache(output)
 
 
@@ -136,9 +123,10 @@ def _require_same_cache(existing: Cache, identity: Identity) -> None:
 
 
 def _require_room(planned: Plan) -> None:
-    if planned.bytes_total > planned.bytes_free:
+    needed = planned.bytes_total + planned.spill_bytes
+    if needed > planned.bytes_free:
         raise OutputError(
-            f"expected {planned.bytes_total:,} bytes free for {planned.output}, got "
+            f"expected {needed:,} bytes free for {planned.output}, got "
             f"{planned.bytes_free:,}, not enough disk; free some, ask for fewer layers or choose "
             "another --output"
         )
@@ -153,43 +141,100 @@ def _with_weights(prepared: Preparation, existing: Cache | None) -> Identity:
 # ---------------------------------------------------------------- the run
 
 
-def _fill(
-    writer: CacheWriter, model: LoadedModel, prepared: Preparation
-) -> tuple[dict[str, float], dict[int, int]]:
-    """Check the engine, then put every row into the writer; seconds, and bad rows per layer."""
-    budget = token_budget(prepared.request, model.input_device.type)
-    engine, layers = ResidentEngine(model), writer.blueprint.layers
-    check_engine(engine, model, prepared.prompts, layers, prepared.source.dtype, budget)
-    writer.write_tokens(_kept_tokens(prepared))
-    started = time.perf_counter()
-    non_finite = _run(engine, prepared, writer.blueprint, budget, writer)
-    return {"extract_s": round(time.perf_counter() - started - writer.seconds, 3)}, non_finite
+class _Filling:
+    """Puts every row into a writer: one passage through the model after the other."""
 
+    def __init__(
+        self, writer: CacheWriter, prepared: Preparation, planned: Plan, existing: Cache | None
+    ) -> None:
+        assert planned.execution is not None
+        self._writer, self._prepared, self._planned = writer, prepared, planned
+        self._existing, self._execution = existing, planned.execution
+        self.non_finite: Counter[int] = Counter()
+        self._seconds = {"load_s": 0.0, "extract_s": 0.0}
+        self._computed = self._peak = 0
+        self._batches: dict[str, None] = {}  # in words, each once
 
-def _run(
-    engine: ResidentEngine,
-    prepared: Preparation,
-    blueprint: Blueprint,
-    budget: int,
-    writer: CacheWriter,
-) -> dict[int, int]:
-    """Put every row into the writer; return rows with NaN or Inf per layer."""
-    lengths = [len(prompt) for prompt in prepared.prompts]
-    batches: list[Batch] = plan_batches(lengths, budget)
-    non_finite: Counter[int] = Counter()
-    mean = prepared.positions is Positions.MEAN
-    with Progress(sum(lengths), "extracting", "tokens", quiet=prepared.request.quiet) as progress:
-        for rows in engine.run(prepared.prompts, batches, blueprint.layers, mean=mean):
-            _count_non_finite(rows, prepared, non_finite)
-            writer.write(rows.layer, rows.prompts, rows.values)
-            if rows.layer == blueprint.layers[-1]:
-                progress.update(sum(lengths[index] for index in rows.prompts))
-    return dict(non_finite)
+    def fill(self, identity: Identity) -> Identity:
+        """Run; return the identity with what is known of it only now."""
+        self._writer.write_tokens(_kept_tokens(self._prepared))
+        for passage in self._planned.passages:
+            identity = self._pass(passage, identity)
+            release_memory()  # of one model before the next is loaded
+        return identity
+
+    def timing(self) -> dict[str, float]:
+        """Seconds, tokens and bytes for the manifest."""
+        return {
+            **{name: round(seconds, 3) for name, seconds in self._seconds.items()},
+            "tokens": self._planned.tokens,
+            "distinct_tokens": self._planned.distinct_prefix_tokens,
+            "computed_tokens": self._computed,
+            "peak_memory": self._peak,
+        }
+
+    def execution(self) -> dict[str, str]:
+        """How it went, in words, for the manifest."""
+        return {"engine": str(self._execution.engine), "batches": "; ".join(self._batches)}
+
+    def _pass(self, passage: Passage, identity: Identity) -> Identity:
+        run = Run(
+            self._prepared.source,
+            self._prepared.tree,
+            self._prepared.positions is Positions.MEAN,
+            self._execution,
+            passage,
+            self._writer.folder,
+            self._existing,
+            self._prepared.request.share_prefixes,
+        )
+        started = time.perf_counter()
+        model = run.load()
+        self._seconds["load_s"] += time.perf_counter() - started
+        identity = replace(identity, attention=model.attention)
+        if self._existing is not None:
+            _require_same_cache(self._existing, identity)
+        run.prepare()
+        self._run(run)
+        self._peak = max(self._peak, _peak_memory(model))
+        return identity
+
+    def _run(self, run: Run) -> None:
+        started = time.perf_counter()
+        while True:
+            try:
+                self._take_all(run)
+                break
+            except ModelError as error:
+                if not run.give_up_sharing(error):
+                    raise
+        self._seconds["extract_s"] += time.perf_counter() - started
+        self._computed = max(self._computed, run.total // len(run.passage.blocks))
+        self._batches[run.batches] = None
+
+    def _take_all(self, run: Run) -> None:
+        quiet = self._prepared.request.quiet
+        if run.why_padded and not quiet:
+            print(f"Prefixes are not shared: {run.why_padded}", file=sys.stderr)
+        for layer in run.passage.layers:
+            self.non_finite.pop(layer, None)
+        with (
+            Progress(run.total, "extracting", "tokens x blocks", quiet=quiet) as progress,
+            Pipe(self._take) as pipe,
+        ):
+            for rows in run.rows(progress.update):
+                pipe.put(rows)
+
+    def _take(self, rows: Rows) -> None:
+        _count_non_finite(rows, self._prepared, self.non_finite)
+        self._writer.write(rows.layer, rows.prompts, rows.values)
 
 
 def _count_non_finite(rows: Rows, prepared: Preparation, counts: Counter[int]) -> None:
     import torch
 
+    if _all_finite(rows.values):
+        return
     bad = ~torch.isfinite(rows.values).all(dim=1)
     if not bad.any():
         return
@@ -210,6 +255,21 @@ def _count_non_finite(rows: Rows, prepared: Preparation, counts: Counter[int]) -
     )
 
 
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether no number is NaN or Inf; where numbers are huge it may say no for nothing.
+
+    With NumPy in one thread: this runs beside the model, whose threads torch's would stand in the
+    way of.
+    """
+    import torch
+
+    if values.dtype == torch.float32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(np.isfinite(values.numpy().sum()))
+    exponent = 0x7F80 if values.dtype == torch.bfloat16 else 0x7C00
+    return not bool((values.view(torch.int16).numpy() & exponent == exponent).any())
+
+
 def _kept_tokens(prepared: Preparation) -> np.ndarray:
     """Kept token ids, classes one after the other, in row order."""
     by_class: dict[str, list[np.ndarray]] = {label: [] for label in prepared.dataset.labels}
@@ -224,5 +284,4 @@ def _peak_memory(model: LoadedModel) -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated(model.input_device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_bytes()

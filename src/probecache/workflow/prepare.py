@@ -20,11 +20,18 @@ from probecache.dataset import Dataset, load_dataset
 from probecache.errors import OutputError
 from probecache.layers import parse_layers
 from probecache.models import ModelOptions, ModelSource, open_model
-from probecache.plan import count_distinct_prefixes, estimate_working_set, plan_batches
+from probecache.prefixes import PrefixTree
 from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
 from probecache.store.layout import LAYER_INFO, Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.types import Identity, Positions, TokenizedPrompt
+from probecache.workflow.execution import (
+    EngineName,
+    Execution,
+    Passage,
+    choose_execution,
+    find_passages,
+)
 
 __all__ = [
     "ExtractRequest",
@@ -34,13 +41,8 @@ __all__ = [
     "missing",
     "plan",
     "prepare",
-    "token_budget",
     "work_out",
 ]
-
-# Tokens per batch, padding included. On a CPU larger batches only add padding
-# (docs/lab-notes.md); on an accelerator small ones leave it idle.
-_TOKEN_BUDGET = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class ExtractRequest:
         data: a data file, or records in memory.
         layers: as `parse_layers` takes them.
         prompts: how examples become prompts, and which positions are kept.
-        batch_tokens: most tokens per batch; None takes what suits the device.
+        batch_tokens: most tokens per step; None takes what suits device and memory.
+        engine: resident, stream, or auto: whichever fits into memory.
+        memory: bytes that the run may take; None: what there is.
+        share_prefixes: compute what prompts begin with alike once, where the model allows it.
         allow_nonfinite: keep rows with NaN or Inf, counted in the manifest, instead of stopping.
         quiet: no progress on stderr.
     """
@@ -62,13 +67,22 @@ class ExtractRequest:
     layers: str | int | Sequence[int] = "all"
     prompts: PromptOptions = field(default_factory=PromptOptions)
     batch_tokens: int | None = None
+    engine: EngineName = EngineName.AUTO
+    memory: int | None = None
+    share_prefixes: bool = True
     allow_nonfinite: bool = False
     quiet: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost. Bytes on disk and of weights are exact, memory is an estimate."""
+    """What a run will cost. Bytes on disk and of weights are exact, memory is an estimate.
+
+    Attributes:
+        passages: which blocks run, and from where.
+        execution: how; None where nothing is missing.
+        spill_bytes: of hidden states between streamed blocks, on the output's disk meanwhile.
+    """
 
     model: str
     data: str
@@ -87,7 +101,9 @@ class Plan:
     bytes_total: int
     bytes_free: int
     weight_bytes: int
-    memory_bytes: int
+    spill_bytes: int
+    passages: tuple[Passage, ...]
+    execution: Execution | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,7 @@ class Preparation:
     source: ModelSource
     dataset: Dataset
     prompts: list[TokenizedPrompt]
+    tree: PrefixTree
     layers: tuple[int, ...]
     positions: Positions
     blueprint: Blueprint
@@ -121,6 +138,7 @@ def prepare(request: ExtractRequest) -> Preparation:
         source=source,
         dataset=dataset,
         prompts=prompts,
+        tree=PrefixTree(prompts),
         layers=layers,
         positions=positions,
         blueprint=_blueprint(request, dataset, prompts, layers, positions, source),
@@ -147,7 +165,10 @@ def work_out(
     prepared: Preparation, existing: Cache | None, blueprint: Blueprint, output: Path
 ) -> Plan:
     """The cost of writing what `blueprint` still lacks in `existing`, or all of it, to `output`."""
-    weight_bytes = prepared.source.weight_bytes(max(blueprint.layers)) if blueprint.layers else 0
+    passages = find_passages(blueprint.layers, _known_layers(prepared, existing, blueprint))
+    execution = _execution(prepared, passages) if passages else None
+    spills = execution is not None and execution.hidden_on_disk
+    row_bytes = prepared.source.hidden_size * prepared.source.dtype.itemsize
     return Plan(
         model=prepared.request.model.model,
         data=prepared.dataset.source,
@@ -160,13 +181,17 @@ def work_out(
         hidden_size=prepared.source.hidden_size,
         prompts=len(prepared.prompts),
         tokens=sum(map(len, prepared.prompts)),
-        distinct_prefix_tokens=count_distinct_prefixes(prepared.prompts),
+        distinct_prefix_tokens=len(prepared.tree),
         rows_per_layer=blueprint.rows,
         bytes_per_layer=blueprint.bytes_per_layer,
         bytes_total=_bytes_to_write(blueprint, prepared.identity, existing),
         bytes_free=free_bytes(output),
-        weight_bytes=weight_bytes,
-        memory_bytes=_estimate_memory(prepared, blueprint.layers),
+        weight_bytes=sum(
+            prepared.source.weight_bytes(one.blocks.stop, one.blocks.start) for one in passages
+        ),
+        spill_bytes=_computed_tokens(prepared) * row_bytes if spills else 0,
+        passages=tuple(passages),
+        execution=execution,
     )
 
 
@@ -264,27 +289,37 @@ def _identity(
     )
 
 
-def token_budget(request: ExtractRequest, device: str) -> int:
-    """Most tokens per batch on a kind of device, as asked or as suits it."""
-    return request.batch_tokens or _TOKEN_BUDGET.get(device, _TOKEN_BUDGET["cuda"])
+# ---------------------------------------------------------------- how it goes
 
 
-def _estimate_memory(prepared: Preparation, layers: tuple[int, ...]) -> int:
-    if not layers:
-        return 0
-    source, config = prepared.source, prepared.source.text_config
-    budget = token_budget(prepared.request, (prepared.request.model.device or "cpu").split(":")[0])
-    working_set = estimate_working_set(
-        plan_batches([len(prompt) for prompt in prepared.prompts], budget),
-        hidden_size=source.hidden_size,
-        intermediate_size=_largest(config, "intermediate_size") or 4 * source.hidden_size,
-        heads=_largest(config, "num_attention_heads") or 1,
-        itemsize=source.dtype.itemsize,
+def _known_layers(
+    prepared: Preparation, existing: Cache | None, blueprint: Blueprint
+) -> tuple[int, ...]:
+    """Cached layers that hold every token of every prompt, so that the next block can go on."""
+    if existing is None or prepared.positions is not Positions.ALL:
+        return ()
+    if max(blueprint.layers, default=0) > prepared.source.independent_blocks:
+        return ()
+    whole = all(len(prompt.kept) == len(prompt.ids) for prompt in prepared.prompts)
+    return existing.layers if whole and not any(existing.info.non_finite.values()) else ()
+
+
+def _computed_tokens(prepared: Preparation) -> int:
+    """How many tokens go through a block, padding apart, as far as is known without weights."""
+    longest = max(map(len, prepared.prompts))
+    if prepared.request.share_prefixes and not prepared.source.why_not_shared(longest):
+        return len(prepared.tree)
+    return sum(map(len, prepared.prompts))
+
+
+def _execution(prepared: Preparation, passages: list[Passage]) -> Execution:
+    request = prepared.request
+    return choose_execution(
+        prepared.source,
+        passages,
+        tokens=_computed_tokens(prepared),
+        longest=max(map(len, prepared.prompts)),
+        engine=request.engine,
+        memory=request.memory,
+        batch_tokens=request.batch_tokens,
     )
-    return source.loaded_bytes(max(layers)) + working_set
-
-
-def _largest(config: Any, name: str) -> int:
-    """A size from a config, which some architectures state per block; 0 where there is none."""
-    value = getattr(config, name, None) or 0
-    return int(max(value)) if isinstance(value, (list, tuple)) else int(value)

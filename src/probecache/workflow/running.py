@@ -1,0 +1,220 @@
+"""A planned passage through a model: load, prove, run.
+
+Tries shared prefixes first where the architecture may share them, and padded batches where it turns
+out that it does not; the preflight decides. Guarantee: rows are yielded only of a way of running
+that agrees with plain forwards so far; a way that fails is started over by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probecache.engine import ResidentEngine
+from probecache.errors import ForwardError, ModelError, PreflightError
+from probecache.feeds import PaddedWork, TreeWork
+from probecache.hidden import HiddenStates
+from probecache.plan import plan_batches, plan_stretches
+from probecache.prefixes import PrefixTree
+from probecache.streaming import Strand, StreamingEngine
+from probecache.workflow.execution import EngineName, Execution, Passage
+from probecache.workflow.preflight import (
+    Comparison,
+    PlainRun,
+    Sample,
+    check_engine,
+    choose_sample,
+    foreign_errors_named,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from probecache.engine import Rows, Start
+    from probecache.feeds import Work
+    from probecache.loaded import LoadedModel
+    from probecache.models import ModelSource
+    from probecache.store.reader import Cache
+
+__all__ = ["CachedRows", "Run"]
+
+# Tokens that share a call of attention: few waste little on tokens that do not see one another,
+# many keep an accelerator busy.
+_TILE = {"cpu": 64, "cuda": 512}
+SHARED, _AS_ASKED = "shared prefixes", "asked for"
+
+
+@dataclass
+class Run:
+    """One passage, with its model.
+
+    Attributes:
+        source: the model.
+        tree: the run's prompts.
+        mean: one row per prompt.
+        execution: how to run.
+        passage: which blocks, from where.
+        spill: folder for hidden states that are to go to disk.
+        cache: holds the rows of the passage's start.
+        share: whether to share prefixes where the model allows it.
+        why_padded: why prefixes are not shared; empty where they are.
+    """
+
+    source: ModelSource
+    tree: PrefixTree
+    mean: bool
+    execution: Execution
+    passage: Passage
+    spill: Path
+    cache: Cache | None
+    share: bool = True
+    why_padded: str = ""
+
+    def load(self) -> LoadedModel:
+        """Read the weights: all of the passage's, or those outside the blocks."""
+        blocks = self.passage.blocks
+        if self.execution.engine is EngineName.STREAM:
+            self.model = self.source.skeleton(blocks.stop)
+        else:
+            self.model = self.source.load(blocks.stop, blocks.start)
+        return self.model
+
+    @property
+    def batches(self) -> str:
+        """How prompts went through, in words."""
+        return SHARED if not self.why_padded else f"padded batches, because {self.why_padded}"
+
+    @property
+    def total(self) -> int:
+        """Tokens x blocks that the run computes."""
+        work = self._work(self.tree, self.why_padded == "")
+        return sum(step.tokens for step in work.steps) * len(self.passage.blocks)
+
+    def prepare(self) -> None:
+        """Decide whether to share prefixes, as far as that can be known before rows come out.
+
+        Raises:
+            PreflightError: the model disagrees with plain forwards either way.
+        """
+        longest = max(map(len, self.tree.prompts))
+        self.why_padded = self.source.why_not_shared(longest) if self.share else _AS_ASKED
+        self._sample = choose_sample(self.tree, self._start())
+        if self.execution.engine is EngineName.STREAM:
+            with foreign_errors_named(self.model):
+                self.model.check_layer_convention()
+            return
+        self._engine = ResidentEngine(self.model)
+        comparison = Comparison(self.model, self.source.dtype)
+        while True:
+            try:
+                work = self._sample_work(self._sample)
+                check_engine(self._engine, comparison, self._sample, work, self.passage.layers)
+                return
+            except ModelError as error:
+                if not self.give_up_sharing(error):
+                    raise
+
+    def give_up_sharing(self, error: ModelError) -> bool:
+        """Go over to padded batches after an error; False where that was tried already."""
+        if self.why_padded or not isinstance(error, PreflightError | ForwardError):
+            return False
+        self.why_padded = (
+            f"{self.source.architecture} with shared prefixes gave other numbers"
+            if isinstance(error, PreflightError)
+            else f"the attention of {self.source.architecture} does not take a tree of prefixes"
+        )
+        return True
+
+    def rows(self, told: Callable[[int], None]) -> Iterator[Rows]:
+        """Every prompt's rows at every wanted layer.
+
+        Raises:
+            ModelError: see `give_up_sharing`; then all rows have to be asked for again.
+        """
+        work = self._work(self.tree, not self.why_padded)
+        if self.execution.engine is EngineName.RESIDENT:
+            yield from self._engine.run(work, self.passage.layers, self._start(), told)
+            return
+        folder = self.spill if self.execution.hidden_on_disk else None
+        engine = StreamingEngine(
+            self.model, self.source, lambda tokens: HiddenStates(tokens, folder)
+        )
+        with foreign_errors_named(self.model):
+            yield from self._streamed(engine, work, told)
+
+    def _streamed(
+        self, engine: StreamingEngine, work: Work, told: Callable[[int], None]
+    ) -> Iterator[Rows]:
+        """The sample goes through each block before the run does, and is compared there."""
+        sample, start, first = self._sample, self._start(), self.passage.blocks.start
+        early = {first + 1} if start else {first, first + 1}  # so that a fault shows at once
+        layers = sorted({*early, *self.passage.layers} & {*range(self.model.depth + 1)})
+        comparison = Comparison(self.model, self.source.dtype)
+        plain = PlainRun(comparison, sample, layers)
+        probe = Strand(self._sample_work(sample), layers, sample.as_start())
+        held: list[Rows] = []  # of the first layer: its plain rows are known with the first block
+        for number, rows in engine.run_together(
+            [probe, Strand(work, self.passage.layers, start, told)], plain.through
+        ):
+            if number == 1:
+                yield rows
+            elif rows.layer == first and not start:
+                held.append(rows)
+            else:
+                for waiting in [*held, rows]:
+                    comparison.check(waiting, sample)
+                held.clear()
+
+    def _sample_work(self, sample: Sample) -> Work:
+        return self._work(PrefixTree(sample.prompts), not self.why_padded, least=2)
+
+    def _work(self, tree: PrefixTree, shared: bool, least: int = 1) -> Work:
+        """The prompts in steps.
+
+        Args:
+            least: steps to cut shared prefixes into, so that handing on is tried too.
+        """
+        budget = self.execution.batch_tokens
+        mean = self.mean if least == 1 else False
+        if not shared:
+            mixed = not self.source.depends_on_length(max(map(len, tree.prompts)))
+            batches = plan_batches([len(p) for p in tree.prompts], budget, mixed=mixed)
+            return PaddedWork(tree.prompts, batches, mean)
+        stretches = plan_stretches(len(tree), min(budget, -(-len(tree) // least)))
+        tile = _TILE.get(self.model.input_device.type, _TILE["cuda"])
+        return TreeWork(tree, stretches, tile, mean)
+
+    def _start(self) -> Start | None:
+        if not self.passage.cached:
+            return None
+        assert self.cache is not None
+        return CachedRows(self.cache, self.passage.start)
+
+
+class CachedRows:
+    """A `Start` from a cache that holds every token of every prompt at a layer."""
+
+    def __init__(self, cache: Cache, layer: int) -> None:
+        self.layer = layer
+        self._tensors = [cache[label, layer] for label in cache.classes]
+        classes = {label: number for number, label in enumerate(cache.classes)}
+        # One entry more, which padding's -1 points to.
+        self._class = np.array([*(classes[e.label] for e in cache.examples), -1])
+        self._first = np.array([*(e.rows[0] for e in cache.examples), 0])
+
+    def rows(self, prompts: NDArray[np.int64], depths: NDArray[np.int64]) -> torch.Tensor:
+        """See `Start.rows`."""
+        import torch
+
+        one: Any = self._tensors[0]
+        found = torch.zeros((len(prompts), one.shape[1]), dtype=one.dtype)
+        owner, places = self._class[prompts], self._first[prompts] + depths
+        for number, tensor in enumerate(self._tensors):
+            here = np.flatnonzero(owner == number)
+            found[torch.from_numpy(here)] = tensor[torch.from_numpy(places[here])]
+        return found
