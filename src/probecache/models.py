@@ -27,6 +27,13 @@ from probecache.devices import find_device
 from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
 from probecache.loading import Loader
+from probecache.model_config import (
+    context_length,
+    depends_on_length,
+    is_causal,
+    quiet_transformers,
+    read_config,
+)
 from probecache.prompts import TokenizerFacts
 from probecache.reading import BlockWeights, LazyTensor, WeightReader
 from probecache.types import Dtype
@@ -76,7 +83,7 @@ def open_model(options: ModelOptions) -> ModelSource:
         raise UsageError("expected either --device or --device-map, got both; leave one out")
     folder = folder_of(options.model, options.revision, _SETTINGS_FILES)
     quiet_transformers()
-    source = ModelSource(options, folder, _read_config(folder, options.model))
+    source = ModelSource(options, folder, read_config(folder, options.model))
     source.check_architecture()
     source.check_weights()
     return source
@@ -140,28 +147,12 @@ class ModelSource:
     @cached_property
     def facts(self) -> TokenizerFacts:
         """What the model says of its input."""
-        context = getattr(self.text_config, "max_position_embeddings", None)
-        if context is not None and context < 1:  # XLNet's way of saying that there is no limit
-            context = None
-        if context and "roberta" in self.architecture:
-            context -= self.text_config.pad_token_id + 1  # its positions start behind padding's
-        return TokenizerFacts(context_length=context, causal=self.causal)
+        return TokenizerFacts(context_length=context_length(self.config), causal=self.causal)
 
     @cached_property
     def causal(self) -> bool:
         """Whether a token sees only those before it."""
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        )
-
-        if getattr(self.config, "is_decoder", False):
-            return True
-        # BERT and its family have a causal head too, but are encoders unless the config says so.
-        kinds = {self.architecture, self.text_config.model_type}
-        if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
-            return False
-        return bool(kinds & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
+        return is_causal(self.config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -210,21 +201,8 @@ class ModelSource:
     # -- prefixes
 
     def depends_on_length(self, longest: int) -> bool:
-        """Whether a token's numbers depend on how many follow it in its prompt.
-
-        Rotary embeddings that change with the longest position of a forward pass: with "dynamic"
-        and "longrope" scaling beyond the length that the model was first trained on.
-        """
-        parameters = getattr(self.text_config, "rope_parameters", None) or {}
-        nested = [value for value in parameters.values() if isinstance(value, dict)]
-        for one in nested or [parameters]:
-            if one.get("rope_type") in ("dynamic", "longrope"):
-                trained = one.get("original_max_position_embeddings") or getattr(
-                    self.text_config, "original_max_position_embeddings", None
-                )
-                if longest > (trained or self.text_config.max_position_embeddings):
-                    return True
-        return False
+        """Whether a token's numbers depend on how many follow it in its prompt."""
+        return depends_on_length(self.config, longest)
 
     def why_not_shared(self, longest: int) -> str:
         """Why prompts up to a length cannot share prefixes; empty where they may."""
@@ -496,25 +474,6 @@ class ModelSource:
 
 
 # ---------------------------------------------------------------- files and config
-
-
-def quiet_transformers() -> None:
-    """Drop reports on weights that were left out on purpose."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _read_config(folder: Path, name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a folder that is no model
-        raise ModelError(
-            f"expected a Hugging Face model at {name}, got: {one_line(error)}"
-        ) from error
 
 
 def _blocks(depth: int, start: int) -> range:

@@ -1,0 +1,86 @@
+"""A model's config: how it is read, and what it says of what a token sees and depends on.
+
+Imports transformers, as `models.py`, `loading.py` and `attention.py` do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from probecache.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "context_length",
+    "depends_on_length",
+    "is_causal",
+    "quiet_transformers",
+    "read_config",
+]
+
+
+def quiet_transformers() -> None:
+    """Drop reports on weights that were left out on purpose."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def read_config(folder: Path, name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a folder that is no model
+        raise ModelError(
+            f"expected a Hugging Face model at {name}, got: {one_line(error)}"
+        ) from error
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens that a model takes; None: no limit."""
+    text = config.get_text_config()
+    context: int | None = getattr(text, "max_position_embeddings", None)
+    if context is None or context < 1:  # below 1 is XLNet's way of saying that there is no limit
+        return None
+    if "roberta" in str(config.model_type):
+        context -= text.pad_token_id + 1  # its positions start behind padding's
+    return context
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token sees only those before it."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_decoder", False):
+        return True
+    # BERT and its family have a causal head too, but are encoders unless the config says so.
+    kinds = {str(config.model_type), config.get_text_config().model_type}
+    if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
+        return False
+    return bool(kinds & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
+
+
+def depends_on_length(config: Any, longest: int) -> bool:
+    """Whether in a prompt of so many tokens a token's numbers depend on how many follow it.
+
+    Rotary embeddings that change with the longest position of a forward pass: with "dynamic" and
+    "longrope" scaling beyond the length that the model was first trained on.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for one in nested or [parameters]:
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            trained = one.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            if longest > (trained or text.max_position_embeddings):
+                return True
+    return False
