@@ -37,9 +37,18 @@ def print_start(planned: Plan) -> None:
             f"Extracting layers {format_layers(planned.layers)} of {planned.model} "
             f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
             f"{planned.tokens:,} tokens, positions {planned.positions}; reading "
-            f"{_bytes(planned.weight_bytes)} of weights",
+            f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}",
             flush=True,
         )
+
+
+def _way(planned: Plan) -> str:
+    """What is not as usual about how an extraction goes."""
+    assert planned.execution is not None
+    words = [f"from cached layer {one.start}" for one in planned.passages if one.cached]
+    if planned.execution.engine == "stream":
+        words.append("block by block")
+    return "".join(f", {word}" for word in words)
 
 
 def print_plan(planned: Plan) -> None:

@@ -45,9 +45,16 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
         ("examples", f"{info.num_examples} ({'; '.join(classes)})"),
         ("tensors", f"{size:,} bytes in {len(info.files)} files"),
         ("rows with NaN/Inf", str(sum(info.non_finite.values()))),
+        ("computed by", _execution(info.execution)),
         ("created", f"{info.created}, extracted in {timing.get('extract_s', 0.0):.1f} s"),
         ("layer convention", info.layer_convention),
     ]
+
+
+def _execution(execution: dict[str, str]) -> str:
+    if not execution:
+        return "not recorded"
+    return f"{execution.get('engine')} engine, {execution.get('batches')}"
 
 
 def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
