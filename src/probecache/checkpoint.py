@@ -38,7 +38,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bits of one element, for the dtypes that torch can load.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16}
 _BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
-_PIECE, _PIECES = 64 << 10, 8
+_PIECE, _PIECES = 4 << 10, 8  # of a tensor: little beside what is read to run it
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Weights:
     def fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
         """For each layer, a hash of the embeddings and of all blocks below it.
 
-        Tensors up to 512 KB are hashed whole, larger ones at eight places of 64 KB each, together
+        Tensors up to 32 KB are hashed whole, larger ones at eight places of 4 KB each, together
         with names, shapes and dtypes. Two trainings differ everywhere, so this tells them apart
         without reading 140 GB a second time; a forged single weight it may miss.
         """
