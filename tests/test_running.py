@@ -27,7 +27,7 @@ from synthetic import labelled, write_cache
 
 import probecache
 from probecache.attention import PackPass
-from probecache.errors import ModelError, PreflightError
+from probecache.errors import ModelError, NonFiniteError, PreflightError
 from probecache.feeds import PaddedWork
 from probecache.models import ModelOptions, open_model
 from probecache.store.writer import CacheWriter
@@ -161,10 +161,63 @@ def test_rows_that_are_not_finite_are_counted_once(tmp_path, fault, engine):
     padded = extracted(folder, tmp_path / "padded", share_prefixes=False, **options)
     fault(BLOCKS - 1, other_numbers)
     found = extracted(folder, tmp_path / "found", **options)
-    assert found.info.execution["batches"] == OTHER
+    assert found.info.execution["batches"].startswith("padded batches, because ")
     assert found.info.non_finite == padded.info.non_finite
     assert found.info.non_finite[0] == 1
     assert found.info.non_finite[1] > 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_numbers_that_are_not_finite_do_not_reach_prompts_that_share_a_row(tmp_path, engine):
+    """Masked keys count with a weight of 0, and 0 times infinity is not a number."""
+    folder = build(FAMILIES["llama"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    letter = token_ids(folder, "j")[-1]  # of one text, which no short sample holds
+    tensors["model.embed_tokens.weight"][letter] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"engine": engine, "positions": "last", "batch_tokens": 1000, "layers": [1, BLOCKS]}
+    cache = extracted(folder, tmp_path / "cache", allow_nonfinite=True, **options)
+    assert cache.info.non_finite == {1: 1, BLOCKS: 1}
+    with pytest.raises(NonFiniteError, match=r"1 of \d+ rows .* first on row 1 "):
+        extracted(folder, tmp_path / "refused", **options)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attention_that_counts_places_in_a_row_sees_rows_that_are_short_enough(tmp_path, engine):
+    """Llama 4 scales queries by their place in the row from `floor_scale` on."""
+    settings = {
+        **FAMILIES["llama4"].settings,
+        "attention_chunk_size": 128,
+        "no_rope_layers": [0] * 4,
+    }
+    for scale, batches in ((64, "shared prefixes"), (16, "padded batches, because llama4_text")):
+        family = Family("llama4", "Llama4TextConfig", {**settings, "floor_scale": scale})
+        folder = build(family, tmp_path / f"model{scale}")
+        options = {"engine": engine, "batch_tokens": 1000}
+        cache = extracted(folder, tmp_path / f"cache{scale}", **options)
+        assert cache.info.execution["batches"].startswith(batches)
+        assert worst_difference(cache, family, folder) < family.tolerance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_prompts_that_padding_changes_go_in_batches_of_one_length(
+    llama, tmp_path, monkeypatch, engine
+):
+    feed = PaddedWork.feed
+
+    def faulty(self, step, context, model):
+        made = feed(self, step, context, model)
+        rows, padded = made.rows, "attention_mask" in made.inputs
+        made.rows = lambda layer, hidden: rows(layer, hidden * (1 + layer * padded))
+        return made
+
+    expected = extracted(llama, tmp_path / "expected")
+    monkeypatch.setattr(PaddedWork, "feed", faulty)
+    cache = extracted(llama, tmp_path / "cache", engine=engine, share_prefixes=False)
+    assert cache.info.execution["batches"] == "batches of one length, because asked for"
+    for label in cache.classes:
+        for layer in cache.layers:
+            assert relative_difference(cache[label, layer], expected[label, layer]) < 1e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)

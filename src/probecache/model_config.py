@@ -16,6 +16,7 @@ __all__ = [
     "context_length",
     "depends_on_length",
     "is_causal",
+    "place_limit",
     "quiet_transformers",
     "read_config",
 ]
@@ -65,6 +66,18 @@ def is_causal(config: Any) -> bool:
     if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
         return False
     return bool(kinds & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
+
+
+def place_limit(config: Any) -> int | None:
+    """Tokens of a row up to which a token's place in it does not matter beside its depth.
+
+    Llama 4 scales attention by the place in the row, in steps of `floor_scale`, where it counts
+    positions otherwise in every other respect. None: no limit.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "attn_temperature_tuning", None):
+        return None
+    return max(int(getattr(text, "floor_scale", 0) or 0) - 1, 1)
 
 
 def depends_on_length(config: Any, longest: int) -> bool:

@@ -31,6 +31,7 @@ from probecache.model_config import (
     context_length,
     depends_on_length,
     is_causal,
+    place_limit,
     quiet_transformers,
     read_config,
 )
@@ -210,6 +211,8 @@ class ModelSource:
             return f"in {self.architecture} tokens see those behind them"
         if self.depends_on_length(longest):
             return f"the rotary embedding of {self.architecture} changes with a prompt's length"
+        if longest > (place_limit(self.config) or longest):
+            return f"{self.architecture} scales attention by a token's place in its row"
         if self._shell._is_stateful:
             return f"{self.architecture} keeps a state from token to token"
         return ""
@@ -398,7 +401,12 @@ class ModelSource:
         """
         if self.why_not_streamed:
             raise _no_parts(self.why_not_streamed)
-        return self._load(range(depth, depth), self._single_loader)
+        try:
+            return self._load(range(depth, depth), self._single_loader)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}; or keep it in memory whole, with --engine resident"
+            ) from error
 
     def read_block(self, index: int) -> BlockWeights:
         """Read a block's weights; may run in a thread while another block computes.

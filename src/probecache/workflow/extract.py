@@ -206,7 +206,7 @@ class _Filling:
                 self._take_all(run)
                 break
             except ModelError as error:
-                if not run.give_up_sharing(error):
+                if not run.goes_on_after(error):
                     raise
         self._seconds["extract_s"] += time.perf_counter() - started
         self._computed = max(self._computed, run.total // len(run.passage.blocks))
@@ -220,12 +220,14 @@ class _Filling:
             self.non_finite.pop(layer, None)
         with (
             Progress(run.total, "extracting", "tokens x blocks", quiet=quiet) as progress,
-            Pipe(self._take) as pipe,
+            Pipe(lambda rows: self._take(rows, run)) as pipe,
         ):
             for rows in run.rows(progress.update):
                 pipe.put(rows)
 
-    def _take(self, rows: Rows) -> None:
+    def _take(self, rows: Rows, run: Run) -> None:
+        if not _all_finite(rows.values):
+            run.require_apart()
         _count_non_finite(rows, self._prepared, self.non_finite)
         self._writer.write(rows.layer, rows.prompts, rows.values)
 

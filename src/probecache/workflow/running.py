@@ -18,7 +18,8 @@ from probecache.engine import ResidentEngine
 from probecache.errors import ForwardError, ModelError, PreflightError
 from probecache.feeds import PaddedWork, TreeWork
 from probecache.hidden import HiddenStates
-from probecache.plan import plan_batches, plan_stretches
+from probecache.model_config import place_limit
+from probecache.plan import Batch, plan_batches, plan_stretches
 from probecache.prefixes import PrefixTree
 from probecache.streaming import Strand, StreamingEngine
 from probecache.workflow.execution import EngineName, Execution, Passage
@@ -41,12 +42,16 @@ if TYPE_CHECKING:
     from probecache.models import ModelSource
     from probecache.store.reader import Cache
 
-__all__ = ["CachedRows", "Run"]
+__all__ = ["CachedRows", "Run", "SpreadError"]
 
 # Tokens that share a call of attention: few waste little on tokens that do not see one another,
 # many keep an accelerator busy.
 _TILE = {"cpu": 64, "cuda": 512}
 SHARED, _AS_ASKED = "shared prefixes", "asked for"
+
+
+class SpreadError(PreflightError):
+    """Numbers that are not finite came out of rows that prompts share."""
 
 
 @dataclass
@@ -74,6 +79,7 @@ class Run:
     cache: Cache | None
     share: bool = True
     why_padded: str = ""
+    _mixed: bool = True
 
     def load(self) -> LoadedModel:
         """Read the weights: all of the passage's, or those outside the blocks."""
@@ -87,12 +93,15 @@ class Run:
     @property
     def batches(self) -> str:
         """How prompts went through, in words."""
-        return SHARED if not self.why_padded else f"padded batches, because {self.why_padded}"
+        if not self.why_padded:
+            return SHARED
+        kind = "padded batches" if self._mixed else "batches of one length"
+        return f"{kind}, because {self.why_padded}"
 
     @property
     def total(self) -> int:
         """Tokens x blocks that the run computes."""
-        work = self._work(self.tree, self.why_padded == "")
+        work = self._work()
         return sum(step.tokens for step in work.steps) * len(self.passage.blocks)
 
     def prepare(self) -> None:
@@ -103,6 +112,7 @@ class Run:
         """
         longest = max(map(len, self.tree.prompts))
         self.why_padded = self.source.why_not_shared(longest) if self.share else _AS_ASKED
+        self._mixed = not self.source.depends_on_length(longest)
         self._sample = choose_sample(self.tree, self._start())
         if self.execution.engine is EngineName.STREAM:
             with foreign_errors_named(self.model):
@@ -116,27 +126,48 @@ class Run:
                 check_engine(self._engine, comparison, self._sample, work, self.passage.layers)
                 return
             except ModelError as error:
-                if not self.give_up_sharing(error):
+                if not self.goes_on_after(error):
                     raise
 
-    def give_up_sharing(self, error: ModelError) -> bool:
-        """Go over to padded batches after an error; False where that was tried already."""
-        if self.why_padded or not isinstance(error, PreflightError | ForwardError):
+    def goes_on_after(self, error: ModelError) -> bool:
+        """Go over to padded batches after an error, then to batches without padding.
+
+        Returns:
+            False where nothing is left to try, or the error has another cause.
+        """
+        if not isinstance(error, PreflightError | ForwardError):
             return False
-        self.why_padded = (
-            f"{self.source.architecture} with shared prefixes gave other numbers"
-            if isinstance(error, PreflightError)
-            else f"the attention of {self.source.architecture} does not take a tree of prefixes"
-        )
+        if not self.why_padded:
+            self.why_padded = self._reason(error)
+        elif self._mixed and isinstance(error, PreflightError):
+            self._mixed = False  # some architectures let padding reach the tokens before it
+        else:
+            return False
         return True
+
+    def _reason(self, error: ModelError) -> str:
+        name = self.source.architecture
+        if isinstance(error, SpreadError):
+            return "numbers that are not finite would reach other prompts that share a row"
+        if isinstance(error, PreflightError):
+            return f"{name} with shared prefixes gave other numbers"
+        return f"the attention of {name} does not take a tree of prefixes"
+
+    def require_apart(self) -> None:
+        """Raise SpreadError where numbers that are not finite may come from another prompt.
+
+        What is masked out counts with a weight of 0, and 0 times infinity is not 0.
+        """
+        if not self.why_padded:
+            raise SpreadError("expected finite numbers in rows that prompts share")
 
     def rows(self, told: Callable[[int], None]) -> Iterator[Rows]:
         """Every prompt's rows at every wanted layer.
 
         Raises:
-            ModelError: see `give_up_sharing`; then all rows have to be asked for again.
+            ModelError: see `goes_on_after`; then all rows have to be asked for again.
         """
-        work = self._work(self.tree, not self.why_padded)
+        work = self._work()
         if self.execution.engine is EngineName.RESIDENT:
             yield from self._engine.run(work, self.passage.layers, self._start(), told)
             return
@@ -170,24 +201,35 @@ class Run:
                     comparison.check(waiting, sample)
                 held.clear()
 
+    def _work(self) -> Work:
+        """The prompts in steps."""
+        if not self.why_padded:
+            return self._shared(self.tree, len(self.tree), self.mean)
+        return PaddedWork(self.tree.prompts, self._batches(self.tree), self.mean)
+
     def _sample_work(self, sample: Sample) -> Work:
-        return self._work(PrefixTree(sample.prompts), not self.why_padded, least=2)
+        """The sample cut alike: handing on and padding happen in every prompt of it."""
+        tree = PrefixTree(sample.prompts)
+        if not self.why_padded:
+            return self._shared(tree, -(-len(tree) // 2), mean=False)
+        batches = self._batches(tree)
+        if self._mixed:
+            batches = [Batch(b.prompts, self._longer(b.padded_length)) for b in batches]
+        return PaddedWork(tree.prompts, batches)
 
-    def _work(self, tree: PrefixTree, shared: bool, least: int = 1) -> Work:
-        """The prompts in steps.
+    def _longer(self, length: int) -> int:
+        more, most = length + max(1, length // 4), self.source.facts.context_length
+        return more if most is None else min(more, most)
 
-        Args:
-            least: steps to cut shared prefixes into, so that handing on is tried too.
-        """
-        budget = self.execution.batch_tokens
-        mean = self.mean if least == 1 else False
-        if not shared:
-            mixed = not self.source.depends_on_length(max(map(len, tree.prompts)))
-            batches = plan_batches([len(p) for p in tree.prompts], budget, mixed=mixed)
-            return PaddedWork(tree.prompts, batches, mean)
-        stretches = plan_stretches(len(tree), min(budget, -(-len(tree) // least)))
+    def _batches(self, tree: PrefixTree) -> list[Batch]:
+        lengths = [len(prompt) for prompt in tree.prompts]
+        return plan_batches(lengths, self.execution.batch_tokens, mixed=self._mixed)
+
+    def _shared(self, tree: PrefixTree, most: int, mean: bool) -> TreeWork:
+        limits = (self.execution.batch_tokens, place_limit(self.source.config), most)
+        budget = min(limit for limit in limits if limit is not None)
         tile = _TILE.get(self.model.input_device.type, _TILE["cuda"])
-        return TreeWork(tree, stretches, tile, mean)
+        return TreeWork(tree, plan_stretches(len(tree), budget), tile, mean)
 
     def _start(self) -> Start | None:
         if not self.passage.cached:
