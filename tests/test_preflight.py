@@ -384,12 +384,23 @@ def chosen_ids(prompts):
 
 def test_a_sample_holds_a_short_prompt_with_what_shares_most_with_it_and_a_long_one():
     pair = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
-    others = [[7] * length for length in range(6, 15)]
+    others = [[7 + length] * length for length in range(6, 46)]
     sample = chosen_ids([others[0], pair[1], *others[1:], pair[0]])
     ids = [prompt.ids.tolist() for prompt in sample.prompts]
-    assert all(member in ids for member in pair)
-    assert max(map(len, ids)) > 10
+    assert max(map(len, ids)) == 30  # 3 % of 1,026 distinct tokens
     assert len(ids) <= 3
+
+
+def test_a_long_prompt_that_would_take_more_than_a_few_percent_of_the_run_is_not_in_the_sample():
+    others = [[7 + length] * length for length in range(6, 15)]
+    sample = chosen_ids(others)
+    assert max(map(len, sample.prompts)) < 8
+
+
+def test_a_sample_holds_what_shares_most_with_its_short_prompt():
+    pair = [[1, 2, 3, 4], [1, 2, 3, 5, 6]]
+    sample = chosen_ids([*pair, [1, 9, 9, 9, 9, 9], [8] * 7])
+    assert all(member in [prompt.ids.tolist() for prompt in sample.prompts] for member in pair)
 
 
 def test_every_token_of_a_sample_is_compared():
