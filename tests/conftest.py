@@ -2,7 +2,24 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two test runs on two cores spin on each other's threads; tiny models gain nothing from a second.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for every family that is asked for, built once per file of tests."""
+    from families import FAMILIES, build  # torch is imported only once the variables above are set
+
+    built = {}
+
+    def folder(name):
+        if name not in built:
+            built[name] = build(FAMILIES[name], tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return folder

@@ -14,7 +14,6 @@ import torch
 from families import (
     BLOCKS,
     FAMILIES,
-    build,
     full_model,
     plain_layers,
     relative_difference,
@@ -40,18 +39,6 @@ def collections_are_quick():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    built = {}
-
-    def folder(name):
-        if name not in built:
-            built[name] = build(FAMILIES[name], tmp_path_factory.mktemp(name))
-        return built[name]
-
-    return folder
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, build
+from families import BLOCKS
 from works import KINDS, Known, padded, prompts_of, run, shared
 
 from probecache import prefixes
@@ -30,18 +30,6 @@ from probecache.workflow.preflight import (
 )
 
 LAYERS = tuple(range(BLOCKS + 1))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    built = {}
-
-    def folder(name):
-        if name not in built:
-            built[name] = build(FAMILIES[name], tmp_path_factory.mktemp(name))
-        return built[name]
-
-    return folder
 
 
 @pytest.fixture(scope="module", params=KINDS)

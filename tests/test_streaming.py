@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, build
+from families import BLOCKS, FAMILIES
 from works import KINDS, Known, equal, largest_difference, padded, prompts_of, run, shared
 from works import sorted_out as sort_out
 
@@ -31,18 +31,6 @@ def collections_are_quick():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    built = {}
-
-    def folder(name):
-        if name not in built:
-            built[name] = build(FAMILIES[name], tmp_path_factory.mktemp(name))
-        return built[name]
-
-    return folder
 
 
 @pytest.fixture(scope="module", params=KINDS)

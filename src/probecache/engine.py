@@ -121,7 +121,7 @@ class ResidentEngine:
                 feed = work.feed(step, context, self.model)
                 transfer = self._attempt(feed, blocks, layers, start)
                 if transfer is None:
-                    self._shrink(step, work)
+                    self._shrink(step)
                     waiting.appendleft(step)
                     continue
                 told(step.tokens * len(blocks))
@@ -147,7 +147,7 @@ class ResidentEngine:
                 raise
             return None
 
-    def _shrink(self, step: Step, work: Work) -> None:
+    def _shrink(self, step: Step) -> None:
         # Runs after the except clause: the traceback would have kept the step's tensors alive.
         release_memory()
         if not step.divisible:
