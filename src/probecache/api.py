@@ -31,6 +31,7 @@ from probecache.workflow.validate import validate as validate_on_cache
 
 if TYPE_CHECKING:
     from probecache.types import Identity
+    from probecache.workflow.extract import Took
     from probecache.workflow.prepare import ExtractRequest, Plan
 
 __all__ = ["extract", "plan_extraction", "train", "validate"]
@@ -62,6 +63,7 @@ def extract(
     allow_nonfinite: bool = False,
     quiet: bool = False,
     announce: Callable[[Plan], None] | None = None,
+    finished: Callable[[Took], None] | None = None,
 ) -> Cache:
     """Run a model over labelled prompts and cache the residual stream, or add layers to a cache.
 
@@ -89,13 +91,14 @@ def extract(
         allow_nonfinite: keep NaN and Inf, counted, instead of stopping.
         quiet: no progress on stderr.
         announce: told the plan before any weight is read.
+        finished: told the seconds and the memory that the run took.
 
     Returns:
         The finished cache, opened for reading.
 
     Raises:
-        ProbecacheError: bad input, before a weight is read or a byte written; or a run that failed
-            and left nothing behind.
+        ProbecacheError: bad input, before a weight is read or a byte written; or a run that failed.
+        Interrupted: Ctrl-C or a signal. What was computed stays, and the same call goes on from it.
     """
     request = _request(
         model=model,
@@ -120,7 +123,7 @@ def extract(
     )
     from probecache.workflow.extract import extract as run
 
-    return run(request, output, announce)
+    return run(request, output, announce, finished=finished)
 
 
 def plan_extraction(

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from probecache.errors import OutputError
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 __all__ = [
     "commit_folder",
     "disk_errors_named",
+    "file_named",
     "flush_folder",
     "free_bytes",
     "real_path",
     "rename_free",
     "require_place",
     "sha256_of_file",
+    "sync_file",
     "sync_folder",
     "temporary_sibling",
     "write_bytes",
@@ -74,6 +76,12 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync_file(file: BinaryIO) -> None:
+    """Put an open file's content on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable. Without it a rename may be forgotten by a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -87,10 +95,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace or create `path` so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with file_named(path), temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -157,21 +164,46 @@ def temporary_sibling(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors_named(path: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into one clear line about `path`."""
+def disk_errors_named(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the system's refusals to write into one clear line about `path`.
+
+    Args:
+        path: what the user asked to write.
+        needed: bytes that have to fit there in all.
+    """
     try:
         yield
     except OSError as error:
+        where = error.filename or path
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            room = "room" if needed is None else f"room for {needed:,} bytes"
             raise OutputError(
-                f"expected room for the output at {path}, but the disk or quota is full "
-                f"({error.strerror}); nothing was kept; free space or choose another --output"
+                f"expected {room} for the output at {path}, but the disk or quota is full "
+                f"({error.strerror}, writing {where}); what was there before is untouched; free "
+                "space and run the same command again, or choose another --output"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(
                 f"expected to be able to write at {path}, got: {error.strerror} "
-                f"({error.filename}); choose another --output"
+                f"({where}); choose another --output"
             ) from error
+        if error.filename is not None and str(error.filename).startswith(str(path.absolute())):
+            raise OutputError(
+                f"expected to write {where}, got: {error.strerror}; what was there before is "
+                "untouched; check the disk and run the same command again, or choose another "
+                "--output"
+            ) from error
+        raise
+
+
+@contextmanager
+def file_named(path: Path) -> Iterator[None]:
+    """Let the system's errors on an open file say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path.absolute())) from error
         raise
 
 

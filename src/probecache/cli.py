@@ -6,13 +6,14 @@ Imports nothing heavy until a command runs, so that --help and argument errors a
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probecache.errors import ProbecacheError, UsageError
+from probecache.errors import Interrupted, ProbecacheError, UsageError
 from probecache.terminal import (
     print_cache,
     print_plan,
@@ -20,6 +21,9 @@ from probecache.terminal import (
     print_validation,
     print_vectors,
 )
+
+if TYPE_CHECKING:
+    from probecache.workflow.extract import Took
 
 __all__ = ["app", "main"]
 
@@ -32,6 +36,7 @@ app = typer.Typer(
 )
 
 _REFUSED, _INTERRUPTED = 2, 130
+_signals: list[int] = []  # that asked this process to stop
 
 # ---------------------------------------------------------------- options that commands share
 
@@ -203,7 +208,12 @@ def extract(
     if dry_run:
         print_plan(api.plan_extraction(**options))
         return
-    print_cache(api.extract(**options, announce=print_start))
+    took: list[Took] = []
+    try:
+        cache = api.extract(**options, announce=print_start, finished=took.append)
+    except Interrupted as stop:
+        raise _Stopped(str(stop)) from stop
+    print_cache(cache, took[0] if took else None)
 
 
 @app.command()
@@ -439,8 +449,10 @@ def _announced(given: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; never returns.
 
-    Exit codes: 0 done, 2 refused or failed with one line on stderr, 130 interrupted.
+    Exit codes: 0 done, 2 refused or failed with one line on stderr, 130 interrupted by Ctrl-C, 143
+    by SIGTERM.
     """
+    signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -453,6 +465,8 @@ def _run(words: list[str]) -> int:
         code = app(words or ["--help"], prog_name="probecache", standalone_mode=False)
     except ProbecacheError as error:
         return _refuse(str(error))
+    except _Stopped as stopped:
+        return _stopped(str(stopped))
     except OSError as error:  # a name too long, a disk that fails: nothing a module foresaw
         return _refuse(
             f"expected to read or write {error.filename or 'a file'}, got: "
@@ -465,9 +479,25 @@ def _run(words: list[str]) -> int:
         message = error.format_message()
         stop = "" if message.endswith((".", "?")) else "."
         return _refuse(f"{message}{stop} See probecache {_command(words)}--help")
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     if code == _INTERRUPTED:
-        print("interrupted: what was not finished is not kept", file=sys.stderr)
+        return _stopped("stopped: what was not finished is not kept")
     return code if isinstance(code, int) else 0
+
+
+class _Stopped(Exception):
+    """An extraction was stopped; says how to go on. Typer would swallow the original."""
+
+
+def _stop(number: int, _frame: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
+def _stopped(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 128 + (_signals[0] if _signals else signal.SIGINT)
 
 
 def _refuse(message: str) -> int:

@@ -19,6 +19,9 @@
         ├── EmptyClassError      a class has no rows
         └── NoDirectionError     the classes' means are equal
 
+    KeyboardInterrupt
+    └── Interrupted              a run was stopped; the message says what is kept and how to go on
+
 A message says what was expected, what came and what to do, in one line. Errors are raised where
 they are found and caught only in `cli.py`, which prints the line and exits with code 2.
 """
@@ -28,6 +31,7 @@ __all__ = [
     "EmptyClassError",
     "FitError",
     "ForwardError",
+    "Interrupted",
     "LayerError",
     "LayerNotCachedError",
     "MismatchError",
@@ -120,6 +124,10 @@ class EmptyClassError(FitError):
 
 class NoDirectionError(FitError):
     """The classes' means are equal, so no direction leads from one to the other."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped; the message says what is kept and how to go on."""
 
 
 def one_line(error: BaseException) -> str:

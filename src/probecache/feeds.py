@@ -103,6 +103,8 @@ class Work(Protocol):
         """A step made ready for a model's device."""
         ...
 
+    def remaining(self, done: Any) -> Work: ...
+
 
 # ---------------------------------------------------------------- padded batches
 
@@ -124,6 +126,9 @@ class PaddedWork:
     def attention(self, modules: list[Any]) -> AbstractContextManager[None]:
         """The model's own attention."""
         return nullcontext()
+
+    def remaining(self, done: Any) -> Work:
+        return self
 
     def feed(self, step: Batch, context: Context, model: LoadedModel) -> Feed:
         """A batch made ready."""
@@ -198,6 +203,9 @@ class TreeWork:
     def attention(self, modules: list[Any]) -> AbstractContextManager[None]:
         """Attention that sees ancestors."""
         return attend_to_ancestors(modules)
+
+    def remaining(self, done: Any) -> Work:
+        return self
 
     def feed(self, step: Stretch, context: Context, model: LoadedModel) -> Feed:
         """A pack made ready."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from probecache.atomic import disk_errors_named, write_bytes
 from probecache.errors import DataError, OutputError, UsageError, one_line
-from probecache.store.layout import encode_json
+from probecache.store.seal import encode_json
 
 __all__ = ["make_validation"]
 

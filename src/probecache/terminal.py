@@ -9,23 +9,26 @@ from probecache.layers import format_layers
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
     from probecache.store.vectors import SavedVectors
+    from probecache.workflow.extract import Took
     from probecache.workflow.prepare import Plan
     from probecache.workflow.validate import Validation
 
 __all__ = ["print_cache", "print_plan", "print_start", "print_validation", "print_vectors"]
 
 
-def print_cache(cache: Cache) -> None:
+def print_cache(cache: Cache, took: Took | None) -> None:
     """A finished extraction: what the cache holds and what it took."""
-    timing = cache.info.timing
     size = sum(record.bytes for record in cache.info.files.values())
     print(
         f"{cache.path} holds {_count(cache.info.num_examples, 'example')} x "
         f"{_count(len(cache.layers), 'layer')}, "
-        f"{_bytes(size)}\n"
-        f"  load {timing['load_s']:.1f} s, extract {timing['extract_s']:.1f} s, "
-        f"write {timing['write_s']:.1f} s, peak memory {_bytes(int(timing['peak_memory']))}"
+        f"{_bytes(size)}"
     )
+    if took is not None:
+        print(
+            f"  load {took.load_s:.1f} s, extract {took.extract_s:.1f} s, "
+            f"write {took.write_s:.1f} s, peak memory {_bytes(took.peak_memory)}"
+        )
 
 
 def print_start(planned: Plan) -> None:
@@ -40,6 +43,12 @@ def print_start(planned: Plan) -> None:
             f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}",
             flush=True,
         )
+        if planned.done:
+            print(
+                f"Going on with an interrupted extraction: {planned.done:.1%} of the rows are on "
+                "disk",
+                flush=True,
+            )
 
 
 def _way(planned: Plan) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from probecache.errors import StoreError
+from probecache.layers import format_layers
+from probecache.store.journal import Unfinished, find_unfinished
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import Cache, open_cache, what_is_at
 from probecache.store.vectors import SavedVectors, load_vectors
@@ -19,8 +22,11 @@ def describe(path: Path) -> list[str]:
     Raises:
         StoreError: neither a cache nor vectors.
     """
+    unfinished = find_unfinished(path)
     if (path / LAYER_INFO).is_file():
         lines = _cache(open_cache(path))
+    elif unfinished is not None:
+        lines = [("unfinished cache", str(path))]
     elif any((path / name).is_file() for name in ("vectors.json", "run.json")):
         lines = _vectors(load_vectors(path))
     else:
@@ -29,11 +35,45 @@ def describe(path: Path) -> list[str]:
             f"{'a folder without their manifests' if path.is_dir() else what_is_at(path)}; "
             "name a folder made by probecache extract or train"
         )
+    if unfinished is not None:
+        lines += _unfinished(unfinished)
     return [f"{name:<17} {_printable(value)}" for name, value in lines]
 
 
+def _unfinished(unfinished: Unfinished) -> list[tuple[str, str]]:
+    """How far an interrupted extraction is."""
+    begun = unfinished.begun
+    done = {layer: int(flags.sum()) for layer, flags in unfinished.done().items()}
+    whole = [layer for layer, count in done.items() if count == begun.examples]
+    part = {layer: count for layer, count in done.items() if 0 < count < begun.examples}
+    by_count = {n: [layer for layer, c in part.items() if c == n] for n in {*part.values()}}
+    started = (f"{n} of {begun.examples} prompts at {_list(la)}" for n, la in by_count.items())
+    lines = [
+        (
+            "unfinished",
+            f"{unfinished.share():.1%} of the rows; the same command goes on",
+        ),
+        ("  model", begun.identity.model),
+        ("  data", begun.origin.data),
+        ("  layers", ",".join(map(str, begun.layers))),
+        ("  complete", _list(whole)),
+        ("  begun", "; ".join(started) or "none"),
+    ]
+    if unfinished.laid_down:
+        lines.append(("  recorded", _written(unfinished.progress_path)))
+    return lines
+
+
+def _list(layers: list[int]) -> str:
+    return format_layers(layers) or "none"
+
+
+def _written(manifest: Path) -> str:
+    return f"{datetime.fromtimestamp(manifest.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+
+
 def _cache(cache: Cache) -> list[tuple[str, str]]:
-    info, timing = cache.info, cache.info.timing
+    info = cache.info
     size = sum(record.bytes for record in info.files.values())
     classes = (f"{c} {r.examples} examples, {r.rows} rows" for c, r in info.classes.items())
     return [
@@ -46,7 +86,7 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
         ("tensors", f"{size:,} bytes in {len(info.files)} files"),
         ("rows with NaN/Inf", str(sum(info.non_finite.values()))),
         ("computed by", _execution(info.execution)),
-        ("created", f"{info.created}, extracted in {timing.get('extract_s', 0.0):.1f} s"),
+        ("written", _written(cache.path / LAYER_INFO)),
         ("layer convention", info.layer_convention),
     ]
 

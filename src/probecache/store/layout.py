@@ -4,6 +4,10 @@
     CACHE/layer_info.json                   the manifest; its presence makes the folder a cache
     CACHE/tokens.pt                         kept token ids, where an example keeps several tokens
     CACHE/layer_<L>/<prefix>_activations.pt one file per layer and class, rows in data order
+    CACHE/layer_<L>/rows.crc32              CRC-32 of every example's rows, uint32 little-endian,
+                                            class after class, examples in data order
+
+Nothing in a cache depends on when or how fast it was made: the same run gives the same bytes.
 
 Paths are always built here from numbers and checked prefixes, never taken from a file's content.
 Sizes are exact: `Blueprint` knows every byte of a cache before the first forward pass.
@@ -11,16 +15,16 @@ Sizes are exact: `Blueprint` knows every byte of a cache before the first forwar
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from probecache.store.seal import NO_SEAL, encode_json
 from probecache.store.tensorfile import FileRecord, file_bytes
 from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Positions
 
@@ -28,23 +32,27 @@ __all__ = [
     "LAYER_INFO",
     "METADATA",
     "TOKENS",
+    "UNFINISHED",
     "Blueprint",
     "ClassRecord",
     "ExampleRecord",
     "LayerInfo",
     "Origin",
+    "PlainRecord",
     "activations_path",
+    "checksums_path",
     "class_prefixes",
-    "encode_json",
     "lay_out",
+    "manifest_size",
 ]
 
 METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
+UNFINISHED = "unfinished"  # folder of an extraction that is not finished, in the cache's own
 _GUIDE_PREFIXES = {"testing": "test", "deployment": "deploy"}
 _PREFIX = r"^[A-Za-z0-9_-]{1,64}$"
 _BLOCK = 4096
 _DEEPEST = 100_000  # no model has more blocks; a forged manifest may claim to
-# Room in the manifest for what is only known at the end: timing, versions, hashes.
+# Room in the manifest for what is known at the end: counts of tokens, how prompts went through.
 _MANIFEST_SLACK = 2048
 
 
@@ -86,6 +94,15 @@ class ExampleRecord:
     input_tokens: Annotated[int, Field(ge=1)]
 
 
+class PlainRecord(BaseModel):
+    """What a manifest says of a file that holds no tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Origin(BaseModel):
     """What the user asked for where the identity has only its outcome; told, never compared."""
 
@@ -97,7 +114,11 @@ class Origin(BaseModel):
 
 
 class LayerInfo(BaseModel):
-    """layer_info.json."""
+    """layer_info.json.
+
+    `timing` counts tokens: those fed, the distinct prefixes, those computed; seconds would differ
+    from run to run.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -112,11 +133,16 @@ class LayerInfo(BaseModel):
     classes: dict[str, ClassRecord]
     identity: Identity
     origin: Origin
-    created: str
-    timing: dict[str, float]
+    timing: dict[str, int]
     execution: dict[str, str] = Field(default_factory=dict)
     non_finite: dict[int, int] = Field(default_factory=dict)
-    files: dict[str, FileRecord]
+    files: dict[str, FileRecord | PlainRecord]
+    manifest_sha256: str = NO_SEAL
+
+    @property
+    def tensors(self) -> dict[str, FileRecord]:
+        """The files that hold tensors."""
+        return {name: r for name, r in self.files.items() if isinstance(r, FileRecord)}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> LayerInfo:
@@ -129,7 +155,7 @@ class LayerInfo(BaseModel):
         if len(set(prefixes)) < len(prefixes):
             raise ValueError(f"two classes share the file prefix among {', '.join(prefixes)}")
         rows = sum(record.rows for record in self.classes.values())
-        tokens = self.files.get(TOKENS)
+        tokens = self.tensors.get(TOKENS)
         if (tokens is None) != self.positions.one_row:
             raise ValueError(f"positions {self.positions} do not go with the files recorded")
         if tokens is not None and (tokens.shape != (rows,) or tokens.dtype != "int32"):
@@ -138,20 +164,29 @@ class LayerInfo(BaseModel):
 
     @model_validator(mode="after")
     def _files_are_as_declared(self) -> LayerInfo:
+        tensors = self.tensors
         for layer in self.layers:
             for record in self.classes.values():
                 name = activations_path(layer, record.prefix)
-                found = self.files.get(name)
+                found = tensors.get(name)
                 if found is None:
                     raise ValueError(f"the file {name} is declared by its layer but not recorded")
                 if found.shape != (record.rows, self.hidden_size) or found.dtype != self.dtype:
                     raise ValueError(f"{name} is recorded as {found.shape} {found.dtype}")
+        plain = {METADATA, *map(checksums_path, self.layers)}
+        if self.files.keys() - tensors.keys() != plain:
+            raise ValueError(f"expected records of {METADATA} and of every layer's checksums alone")
         return self
 
 
 def activations_path(layer: int, prefix: str) -> str:
     """Relative path of one layer's and one class's rows."""
     return f"layer_{layer}/{prefix}_activations.pt"
+
+
+def checksums_path(layer: int) -> str:
+    """Relative path of the checksums of one layer's rows."""
+    return f"layer_{layer}/rows.crc32"
 
 
 def class_prefixes(labels: tuple[str, ...]) -> dict[str, str]:
@@ -206,9 +241,16 @@ def lay_out(
     return classes, tuple(records)
 
 
-def encode_json(content: Any) -> bytes:
-    """Readable JSON in UTF-8, the same bytes for the same content."""
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def manifest_size(info: LayerInfo) -> int:
+    """Bytes of a layer_info.json: whole disk blocks, with room for what only the run tells."""
+    files = {
+        name: record.model_copy(update={"offset": 0}) if isinstance(record, FileRecord) else record
+        for name, record in info.files.items()
+    }
+    told = {"timing": {}, "execution": {}, "non_finite": {}, "files": files}
+    draft = info.model_copy(update={**told, "identity": replace(info.identity, attention="")})
+    size = len(encode_json(draft.model_dump(mode="json"))) + _MANIFEST_SLACK
+    return -(-size // _BLOCK) * _BLOCK
 
 
 @dataclass(frozen=True)
@@ -240,7 +282,7 @@ class Blueprint:
     @property
     def bytes_per_layer(self) -> int:
         """Exact bytes of one layer's files."""
-        return sum(
+        return 4 * len(self.examples) + sum(
             file_bytes((record.rows, self.hidden_size), str(self.dtype))
             for record in self.classes.values()
         )
@@ -257,20 +299,15 @@ class Blueprint:
         return file_bytes((self.rows,), "int32") if self.keeps_tokens else 0
 
     def manifest_bytes(self, identity: Identity) -> int:
-        """Exact bytes of layer_info.json, which is padded to whole disk blocks.
-
-        The same before the weights are known and after.
-        """
+        """Exact bytes of layer_info.json; the same before the weights are known and after."""
         unknown = dict.fromkeys(self.layers, "0" * 64)
         draft = self.manifest(
-            replace(identity, attention="", weights=unknown),
-            created="",
+            replace(identity, weights=unknown),
             timing={},
             non_finite={},
             hashes=dict.fromkeys(self.files(), "0" * 64),
         )
-        size = len(encode_json(draft.model_dump(mode="json"))) + _MANIFEST_SLACK
-        return -(-size // _BLOCK) * _BLOCK
+        return manifest_size(draft)
 
     def extended_manifest_bytes(self, cached: Iterable[int], identity: Identity) -> int:
         """Exact bytes of layer_info.json once these layers have joined the cached ones."""
@@ -286,7 +323,7 @@ class Blueprint:
             + self.manifest_bytes(identity)
         )
 
-    def files(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Relative path to shape and dtype, of every tensor file."""
         found: dict[str, tuple[tuple[int, ...], str]] = {
             activations_path(layer, record.prefix): (
@@ -300,18 +337,29 @@ class Blueprint:
             found[TOKENS] = ((self.rows,), "int32")
         return found
 
+    def files(self) -> dict[str, int]:
+        """Relative path to exact bytes, of every file but the manifest."""
+        tensors = {name: file_bytes(*what) for name, what in self.tensors().items()}
+        checksums = {checksums_path(layer): 4 * len(self.examples) for layer in self.layers}
+        return {METADATA: len(self.metadata), **tensors, **checksums}
+
     def manifest(
         self,
         identity: Identity,
         *,
-        created: str,
-        timing: dict[str, float],
+        timing: dict[str, int],
         non_finite: dict[int, int],
         hashes: dict[str, str],
         execution: dict[str, str] | None = None,
         offsets: dict[str, int] | None = None,
     ) -> LayerInfo:
-        """layer_info.json as a checked object."""
+        """layer_info.json as a checked object.
+
+        Args:
+            hashes: SHA-256 of every one of `files`.
+            offsets: where in each tensor file the numbers begin.
+        """
+        tensors = self.tensors()
         return LayerInfo(
             layers=list(self.layers),
             num_examples=self.num_examples,
@@ -321,18 +369,19 @@ class Blueprint:
             classes=self.classes,
             identity=identity,
             origin=self.origin,
-            created=created,
             timing=timing,
             execution=execution or {},
             non_finite=non_finite,
             files={
                 name: FileRecord(
-                    bytes=file_bytes(shape, dtype),
+                    bytes=size,
                     offset=(offsets or {}).get(name, 0),
-                    shape=shape,
-                    dtype=dtype,
+                    shape=tensors[name][0],
+                    dtype=tensors[name][1],
                     sha256=hashes[name],
                 )
-                for name, (shape, dtype) in self.files().items()
+                if name in tensors
+                else PlainRecord(bytes=size, sha256=hashes[name])
+                for name, size in self.files().items()
             },
         )

@@ -23,11 +23,13 @@ from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
     TOKENS,
+    UNFINISHED,
     ExampleRecord,
     LayerInfo,
+    PlainRecord,
     activations_path,
 )
-from probecache.store.tensorfile import as_float32, as_tensor, map_raw
+from probecache.store.tensorfile import as_float32, as_tensor, map_raw, require_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +130,7 @@ class Cache:
         """Kept token ids of a class in row order, int32 [rows]; None where one row is kept."""
         if TOKENS not in self.info.files:
             return None
-        ids = map_raw(self.path / TOKENS, self.info.files[TOKENS])
+        ids = map_raw(self.path / TOKENS, self.info.tensors[TOKENS])
         start = 0
         for name, record in self.info.classes.items():
             if name == self._label(label):
@@ -177,7 +179,7 @@ class Cache:
     def _raw(self, label: str, layer: int) -> np.ndarray:
         self.require_layer(layer)
         name = activations_path(layer, self.info.classes[self._label(label)].prefix)
-        return map_raw(self.path / name, self.info.files[name])
+        return map_raw(self.path / name, self.info.tensors[name])
 
     def _label(self, name: str) -> str:
         # A label first: one class may be called what another's files are called.
@@ -202,14 +204,22 @@ def open_cache(path: str | Path) -> Cache:
         )
     if not (path / LAYER_INFO).is_file():
         raise StoreError(
-            f"expected {LAYER_INFO} in {path}, got none: not a cache, or one whose extraction did "
-            "not finish; run probecache extract"
+            f"expected {LAYER_INFO} in {path}, got none: "
+            + (
+                f"its extraction has not finished; probecache info {path} says how far it is, the "
+                "same extract command again goes on"
+                if (path / UNFINISHED).is_dir()
+                else "not a cache; run probecache extract"
+            )
         )
     cache = Cache(path, read_manifest(path / LAYER_INFO, LayerInfo))
-    for name, record in cache.info.files.items():
+    for name, record in cache.info.tensors.items():
         if name != TOKENS and name not in _declared(cache.info):
             raise StoreError(f"expected only declared files in {path / LAYER_INFO}, got {name!r}")
         map_raw(path / name, record)
+    for name, plain in cache.info.files.items():
+        if isinstance(plain, PlainRecord):
+            require_size(path / name, plain.bytes)
     return cache
 
 

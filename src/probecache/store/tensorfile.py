@@ -10,6 +10,7 @@ never checks it, and the manifest holds a SHA-256 instead.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -38,6 +39,8 @@ __all__ = [
     "file_bytes",
     "lay_down",
     "map_raw",
+    "require_size",
+    "reserve",
 ]
 
 # How numbers lie in memory; NumPy has no bfloat16, so those are carried as bits.
@@ -75,6 +78,19 @@ def lay_down(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
     return data_offset(file)
 
 
+def reserve(file: BinaryIO) -> None:
+    """Claim the disk blocks behind a hole: a full disk shows now and not hours later.
+
+    Where the file system cannot, writing will tell.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
 @lru_cache(maxsize=64)
 def file_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Exact size of the `.pt` file of a tensor, in bytes."""
@@ -102,23 +118,33 @@ def map_raw(path: Path, record: FileRecord) -> np.ndarray:
         StoreError: the file is missing, or its size is not the recorded one.
     """
     raw = np.dtype("<i4" if record.dtype == "int32" else _RAW[Dtype(record.dtype)])
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
     # Python's own integers: NumPy's would wrap around at sizes that a forged manifest may claim.
     needed = record.offset + math.prod(record.shape) * raw.itemsize
-    if actual != record.bytes or needed > actual:
-        raise StoreError(
-            f"expected {path} to have {max(record.bytes, needed)} bytes, got {actual}; the file "
-            "was cut or replaced: copy the cache again or extract it anew"
-        )
+    require_size(path, record.bytes, needed)
     if 0 in record.shape:
         return np.empty(record.shape, dtype=raw)
     try:
         return np.memmap(path, dtype=raw, mode="c", offset=record.offset, shape=record.shape)
     except OSError as error:
         raise StoreError(f"expected to read {path}, got: {error.strerror}") from error
+
+
+def require_size(path: Path, size: int, needed: int = 0) -> None:
+    """Raise StoreError unless a file has the recorded size, and room for what is said to be in it.
+
+    Args:
+        size: as recorded.
+        needed: bytes that it has to have at least.
+    """
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
+    if actual != size or needed > actual:
+        raise StoreError(
+            f"expected {path} to have {max(size, needed)} bytes, got {actual}; the file was cut or "
+            "replaced: probecache verify --repair makes it again, or copy the cache again"
+        )
 
 
 def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -30,8 +30,8 @@ from probecache.atomic import (
     temporary_sibling,
 )
 from probecache.errors import StoreError
-from probecache.store.layout import encode_json
 from probecache.store.reader import read_manifest
+from probecache.store.seal import encode_json
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 

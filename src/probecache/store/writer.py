@@ -1,79 +1,115 @@
-"""Fill a cache and commit it.
+"""Fill a cache, so that nothing that was once computed is lost, and commit it.
 
-A new cache is built in a folder beside its final place and committed by renaming that folder.
-Layers added to an existing cache are built the same way, moved in, and committed by replacing
-layer_info.json. Guarantee: until that last rename a reader sees the old state, or nothing.
+Rows go to `CACHE/unfinished/` at their final places, in any order, as they come; memory does not
+grow with the data set. Every few seconds what is there is flushed and recorded (`journal.py`). A
+finished cache is committed by one rename of layer_info.json; layers that are added to a cache go
+the same way.
 
-Rows may come in any order, layer by layer or batch by batch; they go to disk as they come, so
-memory does not grow with the data set.
+Guarantee: a kill or a failing disk at any moment leaves every reader the old state, and whoever
+opens a writer for the same cache again all rows that were recorded.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import hashlib
 import os
+import re
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from probecache.atomic import (
-    commit_folder,
     disk_errors_named,
-    flush_folder,
+    file_named,
     real_path,
     sha256_of_file,
+    sync_file,
     sync_folder,
-    temporary_sibling,
     write_bytes,
 )
-from probecache.errors import OutputError
+from probecache.errors import OutputError, ProbecacheError
+from probecache.store.claim import Claim, claimed
+from probecache.store.commit import encode_manifest, finish
+from probecache.store.filling import FillingFile
+from probecache.store.journal import Begun, Unfinished, find_unfinished
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
     TOKENS,
+    UNFINISHED,
     Blueprint,
     LayerInfo,
     activations_path,
-    encode_json,
+    checksums_path,
 )
 from probecache.store.reader import read_manifest
-from probecache.store.tensorfile import lay_down
+from probecache.store.tensorfile import data_offset, lay_down, reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from probecache.types import Identity
 
-__all__ = ["CacheWriter", "open_writer", "require_free_layers"]
+__all__ = ["CacheWriter", "finish_complete", "open_writer", "require_free_layers"]
 
-
-@dataclass
-class _OpenFile:
-    """A laid-down `.pt` and where its rows begin."""
-
-    file: BinaryIO
-    offset: int
+# Rows are recorded this often, or less where that would take more than 1/20 of the time.
+_RECORD_S, _RECORD_SHARE = 2.0, 20
+_TEMPORARY = re.compile(r"\.(.+)\.\d+(-[0-9a-f]+)?\.tmp")
 
 
 @dataclass
 class CacheWriter:
-    """Takes rows of a blueprint's examples and puts them where they belong."""
+    """Takes rows of a blueprint's examples and puts them where they belong.
+
+    Attributes:
+        folder: of the unfinished files.
+        final: the cache's folder.
+        blueprint: what is written.
+        extends: the manifest of the cache that gains layers; None makes a new one.
+        unfinished: what is recorded.
+        seconds: spent here.
+    """
 
     folder: Path
     final: Path
     blueprint: Blueprint
     extends: LayerInfo | None
+    unfinished: Unfinished
+    claim: Claim
     seconds: float = 0.0
-    _files: dict[str, _OpenFile] = field(default_factory=dict)
+    _files: dict[tuple[int, str], FillingFile] = field(default_factory=dict)
+    _recorded: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+    _changed: bool = False
+
+    def __post_init__(self) -> None:
+        self._members = _members(self.blueprint)
+        self._ordinal = np.empty(len(self.blueprint.examples), dtype=np.int64)
+        self._labels = [record.label for record in self.blueprint.examples]
+        for members in self._members.values():
+            self._ordinal[members] = np.arange(len(members))
+        self._checksums = {
+            layer: np.zeros(len(self._labels), dtype="<u4") for layer in self.blueprint.layers
+        }
+
+    # -- rows
+
+    def done(self, layers: Sequence[int]) -> NDArray[np.bool_]:
+        """Which examples' rows are there at all of these layers: bool [examples]."""
+        flags = np.ones(len(self._labels), dtype=np.bool_)
+        for layer in layers:
+            flags &= self._done(layer)
+        return flags
 
     def write(self, layer: int, examples: Sequence[int], rows: torch.Tensor) -> None:
         """Store the rows of some examples at one layer.
@@ -89,142 +125,200 @@ class CacheWriter:
         row_bytes = self.blueprint.hidden_size * self.blueprint.dtype.itemsize
         data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
         at = 0
-        for index in examples:
-            record = self.blueprint.examples[index]
-            start, stop = record.rows
-            size = (stop - start) * row_bytes
-            prefix = self.blueprint.classes[record.label].prefix
-            self._fill(activations_path(layer, prefix), start * row_bytes, data[at : at + size])
+        for label, first, stop, count in self._runs(examples):
+            size = count * row_bytes
+            self._files[layer, label].write(first, stop, data[at : at + size])
             at += size
         if at != len(data):
             raise ValueError(f"expected {at} bytes for these examples' rows, got {len(data)}")
+        self._changed = True
         self.seconds += time.perf_counter() - started
 
-    def write_tokens(self, ids: np.ndarray) -> None:
+    def start_over(self, layers: Sequence[int]) -> None:
+        """Forget all rows of some layers: they will come again, and maybe differ."""
+        for (layer, _), file in self._files.items():
+            if layer in layers:
+                file.start_over()
+        self.record()
+
+    def write_tokens(self, ids: NDArray[np.int32]) -> None:
         """Store the kept token ids: classes one after the other, rows within them in order."""
         if self.blueprint.keeps_tokens and self.extends is None:
-            self._fill(TOKENS, 0, memoryview(ids.astype("<i4").tobytes()))
+            path = self.folder / TOKENS
+            with file_named(path), path.open("w+b") as file:
+                offset = lay_down(file, (self.blueprint.rows,), "int32")
+                reserve(file)
+                file.seek(offset)
+                file.write(ids.astype("<i4").tobytes())
+                sync_file(file)
+
+    def record_now_and_then(self) -> bool:
+        """Record what is there, if that was not done for a while; whether it was."""
+        due = max(_RECORD_S, _RECORD_SHARE * self._cost)
+        if not self._changed or time.monotonic() - self._recorded < due:
+            return False
+        self.record()
+        return True
+
+    def record(self) -> None:
+        """Flush all rows to disk and record which they are."""
+        started = time.monotonic()
+        self.claim.require()
+        for file in self._files.values():
+            file.sync()
+        for layer in {layer for layer, _ in self._files}:
+            self._write_checksums(layer)
+        self.unfinished.save({layer: self._done(layer) for layer in self.blueprint.layers})
+        self._changed = False
+        self._recorded = time.monotonic()
+        self._cost = self._recorded - started
+        self.seconds += self._cost
+
+    # -- the end
 
     def commit(
-        self,
-        identity: Identity,
-        timing: dict[str, float],
-        non_finite: dict[int, int],
-        execution: dict[str, str],
+        self, identity: Identity, timing: dict[str, int], execution: dict[str, str]
     ) -> LayerInfo:
-        """Hash, flush and rename; afterwards the cache is there, or an error was raised."""
+        """Flush and rename; afterwards the cache is there, or an error was raised."""
         started = time.perf_counter()
-        offsets = {name: opened.offset for name, opened in self._files.items()}
-        self.close()
-        with ThreadPoolExecutor() as pool:
-            hashes = dict(
-                zip(
-                    offsets,
-                    pool.map(lambda n: sha256_of_file(self.folder / n), offsets),
-                    strict=True,
-                )
-            )
-        if self.extends is not None and self.blueprint.keeps_tokens:
-            kept = self.extends.files[TOKENS]
-            offsets[TOKENS], hashes[TOKENS] = kept.offset, kept.sha256
-        self.seconds += time.perf_counter() - started
+        self.record()
+        hashes, offsets = self._hashes()
+        non_finite: dict[int, int] = {}
+        for (layer, _), file in self._files.items():
+            if file.non_finite:
+                non_finite[layer] = non_finite.get(layer, 0) + file.non_finite
         info = self.blueprint.manifest(
             identity,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            timing={**timing, "write_s": round(self.seconds, 3)},
-            non_finite=non_finite,
+            timing=timing,
+            non_finite=dict(sorted(non_finite.items())),
             execution=execution,
             hashes=hashes,
             offsets=offsets,
         )
-        if self.extends is None:
-            self._commit_new(info, identity)
-            return info
-        return self._commit_layers(info)
+        self.close()
+        write_bytes(self.unfinished.finished_path, encode_manifest(info))
+        self.seconds += time.perf_counter() - started
+        return finish(self.unfinished, self.claim)
 
     def close(self) -> None:
-        """Close the files; what was written stays in the temporary folder."""
-        for opened in self._files.values():
-            opened.file.close()
+        """Close the files; what was written stays."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
-    def lay_down_files(self) -> None:
-        """Create every file at its final size: a full disk shows now and not hours later."""
-        for name, (shape, dtype) in self.blueprint.files().items():
-            if name == TOKENS and self.extends is not None:
+    # -- files
+
+    def open_files(self) -> None:
+        """Lay down every file at its final size, or take up those that are there."""
+        done = self.unfinished.done() if self.unfinished.laid_down else None
+        if done is None:
+            with suppress(FileNotFoundError):
+                (self.folder / TOKENS).unlink()
+        for layer in self.blueprint.layers:
+            (self.folder / f"layer_{layer}").mkdir(exist_ok=True)
+            if done is not None:
+                self._checksums[layer] = self._read_checksums(layer)
+        jobs = [(layer, label) for layer in self.blueprint.layers for label in self._members]
+        with ThreadPoolExecutor(1 if done is None else None) as pool:
+            files = pool.map(lambda job: self._open(job[0], job[1], done), jobs)
+            self._files.update(zip(jobs, files, strict=True))
+        if done is None:
+            for layer in self.blueprint.layers:
+                sync_folder(self.folder / f"layer_{layer}")
+        self.record()
+
+    def _open(
+        self, layer: int, label: str, done: dict[int, NDArray[np.bool_]] | None
+    ) -> FillingFile:
+        record = self.blueprint.classes[label]
+        members = self._members[label]
+        starts = [*(self.blueprint.examples[index].rows[0] for index in members), record.rows]
+        return FillingFile(
+            self.folder / activations_path(layer, record.prefix),
+            (record.rows, self.blueprint.hidden_size),
+            str(self.blueprint.dtype),
+            starts,
+            None if done is None else done[layer][members],
+            self._checksums[layer][self._slices[label]],
+        )
+
+    @property
+    def _slices(self) -> dict[str, slice]:
+        """Where each class's checksums are."""
+        found, at = {}, 0
+        for label, members in self._members.items():
+            found[label] = slice(at, at + len(members))
+            at += len(members)
+        return found
+
+    def _done(self, layer: int) -> NDArray[np.bool_]:
+        flags = np.empty(len(self._labels), dtype=np.bool_)
+        for label, members in self._members.items():
+            flags[members] = self._files[layer, label].done
+        return flags
+
+    def _runs(self, examples: Sequence[int]) -> Iterator[tuple[str, int, int, int]]:
+        """Class, first and last ordinal and rows, of examples that follow one another in a file."""
+        run: tuple[str, int, int, int] | None = None
+        for index in examples:
+            label, ordinal = self._labels[index], int(self._ordinal[index])
+            start, stop = self.blueprint.examples[index].rows
+            if run is not None and run[0] == label and run[2] == ordinal:
+                run = (label, run[1], ordinal + 1, run[3] + stop - start)
                 continue
-            path = self.folder / name
-            path.parent.mkdir(exist_ok=True)
-            file = path.open("w+b")
-            offset = lay_down(file, shape, dtype)
-            _reserve(file)
-            self._files[name] = _OpenFile(file, offset)
+            if run is not None:
+                yield run
+            run = (label, ordinal, ordinal + 1, stop - start)
+        if run is not None:
+            yield run
 
-    def _fill(self, name: str, at: int, data: memoryview) -> None:
-        opened = self._files[name]
-        position = opened.offset + at
-        while data:
-            written = os.pwrite(opened.file.fileno(), data, position)
-            data, position = data[written:], position + written
+    def _write_checksums(self, layer: int) -> None:
+        path = self.folder / checksums_path(layer)
+        with file_named(path), path.open("r+b" if path.exists() else "w+b") as file:
+            file.write(self._checksums[layer].tobytes())
+            sync_file(file)
 
-    def _commit_new(self, info: LayerInfo, identity: Identity) -> None:
-        (self.folder / METADATA).write_bytes(self.blueprint.metadata)
-        content = encode_json(info.model_dump(mode="json"))
-        padded = content.ljust(self.blueprint.manifest_bytes(identity))
-        (self.folder / LAYER_INFO).write_bytes(padded)
-        commit_folder(self.folder, self.final)
+    def _read_checksums(self, layer: int) -> NDArray[np.uint32]:
+        content = (self.folder / checksums_path(layer)).read_bytes()
+        found = np.zeros(len(self._labels), dtype="<u4")
+        known = np.frombuffer(content, dtype="<u4", count=min(len(content) // 4, len(found)))
+        found[: len(known)] = known
+        return found
 
-    def _commit_layers(self, new: LayerInfo) -> LayerInfo:
-        for layer in new.layers:
-            flush_folder(self.folder / f"layer_{layer}")
-        with _locked(self.final):
-            # Another run may have added layers since this one began.
-            old = read_manifest(self.final / LAYER_INFO, LayerInfo)
-            if twice := sorted({*old.layers} & {*new.layers}):
-                raise OutputError(
-                    f"expected to add layers {new.layers} to {self.final}, but another run has "
-                    f"added {twice} meanwhile; run the command again to add what is still missing"
-                )
-            merged = _merged(old, new)
-            size = self.blueprint.extended_manifest_bytes(old.layers, merged.identity)
-            content = encode_json(merged.model_dump(mode="json")).ljust(size)
-            self._move_layers(new)
-            write_bytes(self.final / LAYER_INFO, content)
-        return merged
-
-    def _move_layers(self, new: LayerInfo) -> None:
-        """Put the new layers in; what a killed run left in their places goes."""
-        require_free_layers(self.final, self.blueprint)
-        for layer in new.layers:
-            target = self.final / f"layer_{layer}"
-            shutil.rmtree(target, ignore_errors=True)
-            (self.folder / f"layer_{layer}").rename(target)
-        sync_folder(self.final)
-
-
-def _merged(old: LayerInfo, new: LayerInfo) -> LayerInfo:
-    """The manifest of a cache that gains layers."""
-    weights = {**old.identity.weights, **new.identity.weights}
-    return new.model_copy(
-        update={
-            "layers": sorted({*old.layers, *new.layers}),
-            "files": {**old.files, **new.files},
-            "non_finite": {**old.non_finite, **new.non_finite},
-            "identity": replace(new.identity, weights=weights),
+    def _hashes(self) -> tuple[dict[str, str], dict[str, int]]:
+        """SHA-256 of every file, and where the numbers begin in those that hold some."""
+        names = {
+            activations_path(layer, self.blueprint.classes[label].prefix): file
+            for (layer, label), file in self._files.items()
         }
-    )
+        offsets = {name: file.offset for name, file in names.items()}
+        with ThreadPoolExecutor() as pool:
+            finished = pool.map(lambda file: file.finish(), names.values())
+            hashes = dict(zip(names, finished, strict=True))
+        for layer in self.blueprint.layers:
+            checksums = self._checksums[layer].tobytes()
+            hashes[checksums_path(layer)] = hashlib.sha256(checksums).hexdigest()
+        if self.extends is not None:
+            tokens = self.extends.tensors.get(TOKENS)
+            hashes[METADATA] = self.extends.files[METADATA].sha256
+            if tokens is not None:
+                offsets[TOKENS], hashes[TOKENS] = tokens.offset, tokens.sha256
+            return hashes, offsets
+        write_bytes(self.folder / METADATA, self.blueprint.metadata)
+        hashes[METADATA] = hashlib.sha256(self.blueprint.metadata).hexdigest()
+        if self.blueprint.keeps_tokens:
+            hashes[TOKENS] = sha256_of_file(self.folder / TOKENS)
+            with (self.folder / TOKENS).open("rb") as file:
+                offsets[TOKENS] = data_offset(file)
+        return hashes, offsets
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let no other run change the cache meanwhile, where the file system has locks."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # and with it the lock
+def _members(blueprint: Blueprint) -> dict[str, NDArray[np.int64]]:
+    """Indices of each class's examples, in data order."""
+    labels = [record.label for record in blueprint.examples]
+    codes = {label: number for number, label in enumerate(blueprint.classes)}
+    coded = np.array([codes[label] for label in labels])
+    return {label: np.flatnonzero(coded == number) for label, number in codes.items()}
 
 
 def require_free_layers(final: Path, blueprint: Blueprint) -> None:
@@ -232,10 +326,11 @@ def require_free_layers(final: Path, blueprint: Blueprint) -> None:
     for layer in blueprint.layers:
         folder = final / f"layer_{layer}"
         ours = {Path(activations_path(layer, r.prefix)).name for r in blueprint.classes.values()}
+        ours.add(Path(checksums_path(layer)).name)
         if folder.is_dir() and not folder.is_symlink():
             foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
         else:
-            foreign = [folder.name] if os.path.lexists(folder) else []
+            foreign = [folder.name] if folder.is_symlink() or folder.exists() else []
         if foreign:
             raise OutputError(
                 f"expected {folder} to be free for new rows, but it holds {foreign[0]}, which is "
@@ -243,35 +338,104 @@ def require_free_layers(final: Path, blueprint: Blueprint) -> None:
             )
 
 
+# ---------------------------------------------------------------- open and leave
+
+
 @contextmanager
 def open_writer(
-    final: Path, blueprint: Blueprint, extends: LayerInfo | None = None
+    final: Path,
+    blueprint: Blueprint,
+    begin: Callable[[], Begun],
+    extends: LayerInfo | None = None,
 ) -> Iterator[CacheWriter]:
-    """A writer into a temporary folder beside `final`; whatever is not committed is removed.
+    """A writer that goes on with what is unfinished, or begins.
+
+    What is not committed stays for the next one if any rows are recorded; else nothing is left.
 
     Args:
         final: where the cache will be, or is, when layers are added to it.
         blueprint: what to write; when adding, of the missing layers.
+        begin: says what is begun; asked only where nothing is unfinished yet.
         extends: the manifest of the existing cache that gains layers.
 
     Raises:
-        OutputError: no room or no permission.
+        OutputError: no room, no permission, or another run is writing there.
     """
-    final = real_path(final)
-    with disk_errors_named(final), temporary_sibling(final) as folder:
-        writer = CacheWriter(folder, final, blueprint, extends)
+    needed = blueprint.bytes_per_layer * len(blueprint.layers)
+    with _unfinished_folder(final, needed) as (folder, claim):
+        unfinished = find_unfinished(folder.parent)
+        if unfinished is None:
+            unfinished = Unfinished(folder, begin())
+            unfinished.begin()
+        writer = CacheWriter(folder, folder.parent, blueprint, extends, unfinished, claim)
         try:
-            writer.lay_down_files()
+            writer.open_files()
             yield writer
+        except BaseException as error:
+            # What a kill would have left is worth keeping; so is what came since it was recorded.
+            if not isinstance(error, ProbecacheError) or isinstance(error, OutputError):
+                with suppress(OSError, OutputError):
+                    writer.record()
+            raise
         finally:
             writer.close()
 
 
-def _reserve(file: BinaryIO) -> None:
-    """Claim the disk blocks behind the hole. Where the file system cannot, writing will tell."""
-    if hasattr(os, "posix_fallocate"):
+def finish_complete(final: Path) -> None:
+    """Commit an extraction that was killed when all its rows were there; sweep what is left."""
+    unfinished = find_unfinished(real_path(final))
+    if unfinished is not None and unfinished.complete:
+        with _unfinished_folder(final) as (_, claim):
+            finish(unfinished, claim)
+
+
+@contextmanager
+def _unfinished_folder(final: Path, needed: int | None = None) -> Iterator[tuple[Path, Claim]]:
+    """The folder for unfinished files, claimed; removed at the end unless it holds rows."""
+    final = real_path(final)
+    folder = final / UNFINISHED
+    if folder.is_symlink():
+        raise OutputError(f"expected {folder} to be a folder, got a link; remove it")
+    with disk_errors_named(final, needed):
+        is_new = not final.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+            with claimed(folder) as claim:
+                _sweep(final)
+                try:
+                    yield folder, claim
+                finally:
+                    _leave(folder)
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where no claim was had, or nothing is left
+                if is_new:
+                    final.rmdir()
+
+
+def _leave(folder: Path) -> None:
+    """Remove the folder unless the next run can go on from it."""
+    final = folder.parent
+    unfinished = find_unfinished(final)
+    if unfinished is not None and not _is_committed(final, unfinished) and unfinished.share() > 0:
+        return
+    # Renamed first: another run may begin a new one while this is being removed.
+    aside = final / f".{UNFINISHED}.{os.getpid()}.tmp"
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_committed(final: Path, unfinished: Unfinished) -> bool:
+    if not unfinished.complete or not (final / LAYER_INFO).is_file():
+        return False
+    new = read_manifest(unfinished.finished_path, LayerInfo)
+    cached = read_manifest(final / LAYER_INFO, LayerInfo).files
+    return all(cached.get(name) == record for name, record in new.files.items())
+
+
+def _sweep(final: Path) -> None:
+    """Remove what killed runs were just writing; the claim says that none of them is alive."""
+    for folder in (final, final / UNFINISHED):
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,16 +1,16 @@
 """Prompts through a model into a cache. Model and disk meet here and nowhere else.
 
 Guarantee: whatever can be refused is refused before the model is loaded or a byte written; an error
-or a kill during the run leaves no cache, or the old one as it was.
+or a kill during the run leaves no cache, or the old one as it was, and what the same command goes
+on from. However often it was interrupted, the finished cache is the same to the byte.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,19 @@ import numpy as np
 
 from probecache.atomic import real_path, require_place
 from probecache.engine import release_memory
-from probecache.errors import ModelError, NonFiniteError, OutputError
+from probecache.errors import Interrupted, ModelError, NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
 from probecache.loaded import LoadedModel
 from probecache.memory import peak_bytes
 from probecache.progress import Progress
+from probecache.store.journal import find_unfinished
 from probecache.store.reader import Cache, open_cache
-from probecache.store.writer import CacheWriter, open_writer, require_free_layers
+from probecache.store.writer import (
+    CacheWriter,
+    finish_complete,
+    open_writer,
+    require_free_layers,
+)
 from probecache.types import Identity, Positions
 from probecache.workflow.execution import Passage
 from probecache.workflow.pipe import Pipe
@@ -37,6 +43,7 @@ from probecache.workflow.prepare import (
     prepare,
     work_out,
 )
+from probecache.workflow.resume import begin, require_same_run
 from probecache.workflow.running import Run
 
 if TYPE_CHECKING:
@@ -44,7 +51,17 @@ if TYPE_CHECKING:
 
     from probecache.engine import Rows
 
-__all__ = ["extract"]
+__all__ = ["Took", "extract"]
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a run took: seconds, and the most bytes that it held in memory."""
+
+    load_s: float
+    extract_s: float
+    write_s: float
+    peak_memory: int
 
 
 def extract(
@@ -52,15 +69,18 @@ def extract(
     output: str | Path,
     announce: Callable[[Plan], None] | None = None,
     accept: Callable[[Identity, Sequence[str]], None] | None = None,
+    finished: Callable[[Took], None] | None = None,
 ) -> Cache:
     """Run the model over the data and write the cache, or add the missing layers to one.
 
     Args:
         request: what to extract.
-        output: the cache's folder: nothing, an empty folder, or a cache of the same identity.
+        output: the cache's folder: nothing, an empty folder, a cache of the same identity, or what
+            an interrupted run of the same request left.
         announce: told the plan before any weight is read.
         accept: told identity and classes before the model is loaded; raises to refuse them. It is
             asked twice: before anything of the weights is looked at, and when they are known.
+        finished: told what a run took, when it is done.
 
     Returns:
         The finished cache, opened.
@@ -68,8 +88,10 @@ def extract(
     Raises:
         Any of the tree: bad input as in `prepare`, then OutputError, MismatchError, PreflightError,
         OutOfMemoryError, NonFiniteError.
+        Interrupted: by a signal; says what is kept.
     """
     output = Path(output)
+    finish_complete(output)
     existing = existing_cache(output)
     prepared = prepare(request)
     blueprint = missing(prepared.blueprint, existing)
@@ -79,20 +101,48 @@ def extract(
         require_place(real_path(output))
         if existing is not None:
             require_free_layers(existing.path, blueprint)
+        require_same_run(planned, prepared)
         _require_room(planned)
         prepared.source.check_device()
     if announce is not None:
         announce(planned)
     identity = _with_weights(prepared, existing)
     _require_all(identity, prepared, existing, accept)
-    if not blueprint.layers:
-        return open_cache(output)
-
-    with open_writer(output, blueprint, existing.info if existing else None) as writer:
-        filling = _Filling(writer, prepared, planned, existing)
-        identity = filling.fill(identity)
-        writer.commit(identity, filling.timing(), dict(filling.non_finite), filling.execution())
+    if blueprint.layers:
+        _run(prepared, planned, existing, identity, finished)
     return open_cache(output)
+
+
+def _run(
+    prepared: Preparation,
+    planned: Plan,
+    existing: Cache | None,
+    identity: Identity,
+    finished: Callable[[Took], None] | None,
+) -> None:
+    output, info = Path(planned.output), existing.info if existing else None
+    blueprint = missing(prepared.blueprint, existing)
+    try:
+        with open_writer(
+            output, blueprint, lambda: begin(prepared, planned, identity), info
+        ) as writer:
+            filling = _Filling(writer, prepared, planned, existing)
+            identity = filling.fill(identity)
+            writer.commit(identity, filling.timing(), filling.execution())
+            if finished is not None:
+                finished(filling.took())
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_words_to_resume(output)) from stop
+
+
+def _words_to_resume(output: Path) -> str:
+    unfinished = find_unfinished(real_path(output))
+    if unfinished is None or not unfinished.share():
+        return "stopped before any rows were on disk; nothing is kept"
+    return (
+        f"stopped with {unfinished.share():.1%} of the rows on disk in {output}; the same command "
+        "again goes on from there"
+    )
 
 
 # ---------------------------------------------------------------- who may refuse
@@ -123,7 +173,7 @@ def _require_same_cache(existing: Cache, identity: Identity) -> None:
 
 
 def _require_room(planned: Plan) -> None:
-    needed = planned.bytes_total + planned.spill_bytes
+    needed = planned.bytes_to_claim + planned.spill_bytes
     if needed > planned.bytes_free:
         raise OutputError(
             f"expected {needed:,} bytes free for {planned.output}, got "
@@ -142,7 +192,7 @@ def _with_weights(prepared: Preparation, existing: Cache | None) -> Identity:
 
 
 class _Filling:
-    """Puts every row into a writer: one passage through the model after the other."""
+    """Puts every row into a writer that is not there yet: one passage after the other."""
 
     def __init__(
         self, writer: CacheWriter, prepared: Preparation, planned: Plan, existing: Cache | None
@@ -150,34 +200,38 @@ class _Filling:
         assert planned.execution is not None
         self._writer, self._prepared, self._planned = writer, prepared, planned
         self._existing, self._execution = existing, planned.execution
-        self.non_finite: Counter[int] = Counter()
-        self._seconds = {"load_s": 0.0, "extract_s": 0.0}
-        self._computed = self._peak = 0
-        self._batches: dict[str, None] = {}  # in words, each once
+        self._progress = writer.unfinished.progress
+        self._load_s = self._extract_s = 0.0
+        self._peak = 0
 
     def fill(self, identity: Identity) -> Identity:
         """Run; return the identity with what is known of it only now."""
         self._writer.write_tokens(_kept_tokens(self._prepared))
         for passage in self._planned.passages:
-            identity = self._pass(passage, identity)
-            release_memory()  # of one model before the next is loaded
-        return identity
+            if not self._writer.done(passage.layers).all():
+                self._pass(passage, identity)
+                release_memory()  # of one model before the next is loaded
+        assert self._progress.identity is not None
+        return self._progress.identity
 
-    def timing(self) -> dict[str, float]:
-        """Seconds, tokens and bytes for the manifest."""
+    def timing(self) -> dict[str, int]:
+        """Tokens, for the manifest."""
         return {
-            **{name: round(seconds, 3) for name, seconds in self._seconds.items()},
             "tokens": self._planned.tokens,
             "distinct_tokens": self._planned.distinct_prefix_tokens,
-            "computed_tokens": self._computed,
-            "peak_memory": self._peak,
+            "computed_tokens": max(p.computed_tokens for p in self._progress.passages.values()),
         }
 
     def execution(self) -> dict[str, str]:
         """How it went, in words, for the manifest."""
-        return {"engine": str(self._execution.engine), "batches": "; ".join(self._batches)}
+        ways = dict.fromkeys(p.batches for _, p in sorted(self._progress.passages.items()))
+        return {"engine": str(self._execution.engine), "batches": "; ".join(ways)}
 
-    def _pass(self, passage: Passage, identity: Identity) -> Identity:
+    def took(self) -> Took:
+        """Of this run; what was there before it took nothing."""
+        return Took(self._load_s, self._extract_s, self._writer.seconds, self._peak)
+
+    def _pass(self, passage: Passage, identity: Identity) -> None:
         run = Run(
             self._prepared.source,
             self._prepared.tree,
@@ -190,14 +244,14 @@ class _Filling:
         )
         started = time.perf_counter()
         model = run.load()
-        self._seconds["load_s"] += time.perf_counter() - started
+        self._load_s += time.perf_counter() - started
         identity = replace(identity, attention=model.attention)
         if self._existing is not None:
             _require_same_cache(self._existing, identity)
-        run.prepare()
+        self._progress.identity = identity
+        run.prepare(self._progress.passages.get(passage.start))
         self._run(run)
         self._peak = max(self._peak, _peak_memory(model))
-        return identity
 
     def _run(self, run: Run) -> None:
         started = time.perf_counter()
@@ -208,40 +262,36 @@ class _Filling:
             except ModelError as error:
                 if not run.goes_on_after(error):
                     raise
-        self._seconds["extract_s"] += time.perf_counter() - started
-        self._computed = max(self._computed, run.total // len(run.passage.blocks))
-        self._batches[run.batches] = None
+                self._writer.start_over(run.passage.layers)
+        self._extract_s += time.perf_counter() - started
 
     def _take_all(self, run: Run) -> None:
         quiet = self._prepared.request.quiet
         if run.why_padded and not quiet:
             print(f"Prefixes are not shared: {run.why_padded}", file=sys.stderr)
-        for layer in run.passage.layers:
-            self.non_finite.pop(layer, None)
+        self._progress.passages[run.passage.start] = run.record()
+        done = self._writer.done(run.passage.layers)
         with (
-            Progress(run.total, "extracting", "tokens x blocks", quiet=quiet) as progress,
+            Progress(run.total(done), "extracting", "tokens x blocks", quiet=quiet) as progress,
             Pipe(lambda rows: self._take(rows, run)) as pipe,
         ):
-            for rows in run.rows(progress.update):
+            for rows in run.rows(done, progress.update):
                 pipe.put(rows)
 
     def _take(self, rows: Rows, run: Run) -> None:
         if not _all_finite(rows.values):
             run.require_apart()
-        _count_non_finite(rows, self._prepared, self.non_finite)
+            if not self._prepared.request.allow_nonfinite:
+                _require_finite(rows, self._prepared)
         self._writer.write(rows.layer, rows.prompts, rows.values)
+        self._writer.record_now_and_then()
 
 
-def _count_non_finite(rows: Rows, prepared: Preparation, counts: Counter[int]) -> None:
+def _require_finite(rows: Rows, prepared: Preparation) -> None:
     import torch
 
-    if _all_finite(rows.values):
-        return
     bad = ~torch.isfinite(rows.values).all(dim=1)
     if not bad.any():
-        return
-    counts[rows.layer] += int(bad.sum())
-    if prepared.request.allow_nonfinite:
         return
     sizes = [
         1 if prepared.positions.one_row else len(prepared.prompts[index].kept)

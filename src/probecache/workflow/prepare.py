@@ -9,6 +9,7 @@ Guarantee: nothing is written, and of a model only its config, tokenizer and hea
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -22,7 +23,8 @@ from probecache.layers import parse_layers
 from probecache.models import ModelOptions, ModelSource, open_model
 from probecache.prefixes import PrefixTree
 from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
-from probecache.store.layout import LAYER_INFO, Blueprint, Origin, lay_out
+from probecache.store.journal import find_unfinished
+from probecache.store.layout import LAYER_INFO, UNFINISHED, Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.types import Identity, Positions, TokenizedPrompt
 from probecache.workflow.execution import (
@@ -32,6 +34,7 @@ from probecache.workflow.execution import (
     choose_execution,
     find_passages,
 )
+from probecache.workflow.resume import execution_of
 
 __all__ = [
     "ExtractRequest",
@@ -82,6 +85,8 @@ class Plan:
         passages: which blocks run, and from where.
         execution: how; None where nothing is missing.
         spill_bytes: of hidden states between streamed blocks, on the output's disk meanwhile.
+        bytes_to_claim: of `bytes_total`, what an interrupted run has not claimed already.
+        done: share of the rows that an interrupted run has left on disk.
     """
 
     model: str
@@ -104,6 +109,8 @@ class Plan:
     spill_bytes: int
     passages: tuple[Passage, ...]
     execution: Execution | None
+    bytes_to_claim: int
+    done: float
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,12 @@ def work_out(
 ) -> Plan:
     """The cost of writing what `blueprint` still lacks in `existing`, or all of it, to `output`."""
     passages = find_passages(blueprint.layers, _known_layers(prepared, existing, blueprint))
-    execution = _execution(prepared, passages) if passages else None
+    unfinished = find_unfinished(output)
+    execution = execution_of(unfinished, prepared.request) if passages else None
+    if passages and execution is None:
+        execution = _execution(prepared, passages)
+    bytes_total = _bytes_to_write(blueprint, prepared.identity, existing)
+    claimed = unfinished is not None and unfinished.laid_down
     spills = execution is not None and execution.hidden_on_disk
     row_bytes = prepared.source.hidden_size * prepared.source.dtype.itemsize
     return Plan(
@@ -184,7 +196,7 @@ def work_out(
         distinct_prefix_tokens=len(prepared.tree),
         rows_per_layer=blueprint.rows,
         bytes_per_layer=blueprint.bytes_per_layer,
-        bytes_total=_bytes_to_write(blueprint, prepared.identity, existing),
+        bytes_total=bytes_total,
         bytes_free=free_bytes(output),
         weight_bytes=sum(
             prepared.source.weight_bytes(one.blocks.stop, one.blocks.start) for one in passages
@@ -192,6 +204,8 @@ def work_out(
         spill_bytes=_computed_tokens(prepared) * row_bytes if spills else 0,
         passages=tuple(passages),
         execution=execution,
+        bytes_to_claim=0 if claimed else bytes_total,
+        done=unfinished.share() if unfinished is not None else 0.0,
     )
 
 
@@ -248,12 +262,18 @@ def existing_cache(output: Path) -> Cache | None:
     """The cache that is there already, or None for a free place."""
     if output.is_dir() and (output / LAYER_INFO).is_file():
         return open_cache(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and _is_free(output)):
         raise OutputError(
             f"expected --output {output} to be free or a cache to add layers to, but it holds "
             "something else; choose another folder"
         )
     return None
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether there is nothing but what interrupted runs left."""
+    ours = re.compile(rf"{UNFINISHED}|\.{UNFINISHED}\.\d+\.tmp|\.{re.escape(LAYER_INFO)}\.\d+\.tmp")
+    return all(ours.fullmatch(path.name) for path in folder.iterdir())
 
 
 # ---------------------------------------------------------------- identity and cost

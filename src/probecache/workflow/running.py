@@ -21,6 +21,7 @@ from probecache.hidden import HiddenStates
 from probecache.model_config import place_limit
 from probecache.plan import Batch, plan_batches, plan_stretches
 from probecache.prefixes import PrefixTree
+from probecache.store.journal import PassageRecord
 from probecache.streaming import Strand, StreamingEngine
 from probecache.workflow.execution import EngineName, Execution, Passage
 from probecache.workflow.preflight import (
@@ -98,21 +99,34 @@ class Run:
         kind = "padded batches" if self._mixed else "batches of one length"
         return f"{kind}, because {self.why_padded}"
 
-    @property
-    def total(self) -> int:
-        """Tokens x blocks that the run computes."""
-        work = self._work()
-        return sum(step.tokens for step in work.steps) * len(self.passage.blocks)
+    def total(self, done: NDArray[np.bool_]) -> int:
+        """Tokens x blocks that the run computes where these prompts' rows are there already."""
+        return _tokens(self._work().remaining(done)) * len(self.passage.blocks)
 
-    def prepare(self) -> None:
+    def record(self) -> PassageRecord:
+        """How the run goes, for one that goes on with it."""
+        return PassageRecord(
+            why_padded=self.why_padded,
+            mixed=self._mixed,
+            computed_tokens=_tokens(self._work()),
+            batches=self.batches,
+        )
+
+    def prepare(self, begun: PassageRecord | None = None) -> None:
         """Decide whether to share prefixes, as far as that can be known before rows come out.
+
+        Args:
+            begun: how an interrupted run went; this one goes the same way.
 
         Raises:
             PreflightError: the model disagrees with plain forwards either way.
         """
         longest = max(map(len, self.tree.prompts))
-        self.why_padded = self.source.why_not_shared(longest) if self.share else _AS_ASKED
-        self._mixed = not self.source.depends_on_length(longest)
+        if begun is not None:
+            self.why_padded, self._mixed = begun.why_padded, begun.mixed
+        else:
+            self.why_padded = self.source.why_not_shared(longest) if self.share else _AS_ASKED
+            self._mixed = not self.source.depends_on_length(longest)
         self._sample = choose_sample(self.tree, self._start())
         if self.execution.engine is EngineName.STREAM:
             with foreign_errors_named(self.model):
@@ -161,13 +175,13 @@ class Run:
         if not self.why_padded:
             raise SpreadError("expected finite numbers in rows that prompts share")
 
-    def rows(self, told: Callable[[int], None]) -> Iterator[Rows]:
-        """Every prompt's rows at every wanted layer.
+    def rows(self, done: NDArray[np.bool_], told: Callable[[int], None]) -> Iterator[Rows]:
+        """The rows at every wanted layer of every prompt that is not done.
 
         Raises:
             ModelError: see `goes_on_after`; then all rows have to be asked for again.
         """
-        work = self._work()
+        work = self._work().remaining(done)
         if self.execution.engine is EngineName.RESIDENT:
             yield from self._engine.run(work, self.passage.layers, self._start(), told)
             return
@@ -236,6 +250,10 @@ class Run:
             return None
         assert self.cache is not None
         return CachedRows(self.cache, self.passage.start)
+
+
+def _tokens(work: Work) -> int:
+    return sum(step.tokens for step in work.steps)
 
 
 class CachedRows:

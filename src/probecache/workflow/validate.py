@@ -30,7 +30,7 @@ from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageE
 from probecache.identity import SCORING, require_same
 from probecache.layers import format_layers
 from probecache.metrics import accuracy_at, auroc
-from probecache.store.layout import encode_json
+from probecache.store.seal import encode_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

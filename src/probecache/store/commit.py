@@ -1,0 +1,87 @@
+"""Move a complete extraction into its cache and commit it by renaming layer_info.json.
+
+Guarantee: may be killed and begun again at any point; until the last rename readers see the old
+state. Needs no model and no data: whatever command comes next can do it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probecache.atomic import sync_folder, write_bytes
+from probecache.errors import OutputError
+from probecache.store.layout import LAYER_INFO, LayerInfo, manifest_size
+from probecache.store.reader import read_manifest
+from probecache.store.seal import seal_json
+
+if TYPE_CHECKING:
+    from probecache.store.claim import Claim
+    from probecache.store.journal import Unfinished
+
+__all__ = ["encode_manifest", "finish"]
+
+
+def encode_manifest(info: LayerInfo) -> bytes:
+    """The bytes of a layer_info.json: sealed, padded to a size that is known beforehand."""
+    return seal_json(json.loads(info.model_dump_json()), manifest_size(info))
+
+
+def finish(unfinished: Unfinished, claim: Claim) -> LayerInfo:
+    """Put the files of a complete extraction in their places, then its manifest.
+
+    Raises:
+        OutputError: another run has added the same layers with other numbers.
+    """
+    folder, final = unfinished.folder, unfinished.folder.parent
+    new = read_manifest(unfinished.finished_path, LayerInfo)
+    claim.require()
+    merged = _with_cached(new, final, unfinished.begun.repairs)
+    for name in new.files:
+        _move(folder / name, final / name)
+    for layer in new.layers:
+        sync_folder(final / f"layer_{layer}")
+    sync_folder(final)
+    write_bytes(final / LAYER_INFO, encode_manifest(merged))
+    return merged
+
+
+def _with_cached(new: LayerInfo, final: Path, repairs: bool) -> LayerInfo:
+    """The manifest of the cache with the new layers; another run may have added some meanwhile."""
+    if not (final / LAYER_INFO).is_file():
+        return new
+    old = read_manifest(final / LAYER_INFO, LayerInfo)
+    differing = [
+        name
+        for name in new.files.keys() & old.files.keys()
+        if new.files[name].sha256 != old.files[name].sha256
+    ]
+    if differing and not repairs:
+        raise OutputError(
+            f"expected to add layers {new.layers} to {final}, but another run has added "
+            f"{sorted({*old.layers} & {*new.layers})} meanwhile, with other numbers in "
+            f"{differing[0]}; nothing was changed"
+        )
+    kept = {layer: count for layer, count in old.non_finite.items() if layer not in new.layers}
+    weights = {**old.identity.weights, **new.identity.weights}
+    return new.model_copy(
+        update={
+            "layers": sorted({*old.layers, *new.layers}),
+            "files": {**old.files, **new.files},
+            "non_finite": dict(sorted({**kept, **new.non_finite}.items())),
+            "identity": replace(new.identity, weights=weights),
+        }
+    )
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.exists():
+        target.parent.mkdir(exist_ok=True)
+        source.replace(target)
+    elif not target.is_file():  # neither moved before a kill nor of the cache that is extended
+        raise OutputError(
+            f"expected {source} of a complete extraction, got nothing; remove "
+            f"{source.parent.parent} and extract anew"
+        )

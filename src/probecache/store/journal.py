@@ -1,0 +1,198 @@
+"""What is kept of an extraction that is not finished, so that the same command goes on with it.
+
+    CACHE/unfinished/begun.json      what was begun; never changes
+    CACHE/unfinished/progress.json   which rows are on disk for good; replaced every few seconds
+    CACHE/unfinished/finished.json   the manifest, once all rows are there: only files have to move
+    CACHE/unfinished/layer_<L>/...   files as in a cache, at their final sizes
+
+Guarantee: what `progress.json` calls done was flushed to disk before it was written.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from probecache.atomic import write_bytes
+from probecache.errors import StoreError
+from probecache.store.layout import UNFINISHED, Origin
+from probecache.store.reader import read_manifest
+from probecache.store.seal import NO_SEAL, is_intact, seal_json
+from probecache.types import Dtype, Identity, Positions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+__all__ = ["Begun", "DoneRows", "PassageRecord", "Progress", "Unfinished", "find_unfinished"]
+
+_Record = TypeVar("_Record", bound=BaseModel)
+BEGUN, PROGRESS, FINISHED = "begun.json", "progress.json", "finished.json"
+
+
+class Begun(BaseModel):
+    """begun.json.
+
+    `execution` is how the run goes, `asked` the options that decided it: a run that is asked for
+    the same goes on in the same way, whatever memory is free meanwhile. `repairs` says that the
+    layers are in the cache already and only some of their rows are made again.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["probecache-unfinished"] = "probecache-unfinished"
+    format_version: Literal[1] = 1
+    layers: tuple[int, ...] = Field(min_length=1)
+    examples: int = Field(ge=1)
+    dtype: Dtype
+    positions: Positions
+    identity: Identity
+    origin: Origin
+    execution: dict[str, Any]
+    asked: dict[str, Any]
+    repairs: bool = False
+    manifest_sha256: str = NO_SEAL
+
+
+class DoneRows(BaseModel):
+    """Examples whose rows are on disk, of some layers: a bit each, most significant first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[int, ...]
+    examples: str
+
+    @classmethod
+    def of(cls, done: Mapping[int, NDArray[np.bool_]]) -> list[DoneRows]:
+        """Layers of equal examples together."""
+        groups: dict[str, list[int]] = {}
+        for layer, flags in sorted(done.items()):
+            bits = base64.b64encode(np.packbits(flags).tobytes()).decode()
+            groups.setdefault(bits, []).append(layer)
+        return [cls(layers=tuple(layers), examples=bits) for bits, layers in groups.items()]
+
+    def flags(self, count: int) -> NDArray[np.bool_]:
+        """bool [count]."""
+        bits = np.frombuffer(base64.b64decode(self.examples), dtype=np.uint8)
+        if len(bits) != -(-count // 8):
+            raise ValueError(f"expected {count} examples, got {8 * len(bits)} bits")
+        return np.unpackbits(bits, count=count).astype(np.bool_)
+
+
+class PassageRecord(BaseModel):
+    """How one passage through the model goes, where that shows only while it runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    why_padded: str = ""
+    mixed: bool = True
+    computed_tokens: Annotated[int, Field(ge=0)] = 0
+    batches: str = ""
+
+
+class Progress(BaseModel):
+    """progress.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    done: list[DoneRows] = Field(default_factory=list)
+    identity: Identity | None = None
+    passages: dict[int, PassageRecord] = Field(default_factory=dict)
+    manifest_sha256: str = NO_SEAL
+
+
+@dataclass
+class Unfinished:
+    """An unfinished extraction's folder."""
+
+    folder: Path
+    begun: Begun
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def progress_path(self) -> Path:
+        """Where it is recorded what is done."""
+        return self.folder / PROGRESS
+
+    @property
+    def laid_down(self) -> bool:
+        """Whether all files are there, so that rows may be in them."""
+        return self.progress_path.is_file()
+
+    @property
+    def finished_path(self) -> Path:
+        """Where the manifest is once all rows are there."""
+        return self.folder / FINISHED
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there and only files have to move."""
+        return self.finished_path.is_file()
+
+    def done(self) -> dict[int, NDArray[np.bool_]]:
+        """Which examples' rows are on disk, by layer: bool [examples].
+
+        Raises:
+            StoreError: the record is damaged.
+        """
+        count = self.begun.examples
+        flags = {layer: np.zeros(count, dtype=np.bool_) for layer in self.begun.layers}
+        try:
+            for group in self.progress.done:
+                for layer in group.layers:
+                    flags[layer] |= group.flags(count)
+        except (ValueError, KeyError) as error:
+            raise StoreError(
+                f"expected {self.folder / PROGRESS} as probecache writes it, got: {error}; remove "
+                f"{self.folder} to begin anew"
+            ) from error
+        return flags
+
+    def share(self) -> float:
+        """How much of the rows is on disk, 0 to 1."""
+        return 1.0 if self.complete else float(np.mean([f.mean() for f in self.done().values()]))
+
+    def begin(self) -> None:
+        """Write what was begun."""
+        _write(self.folder / BEGUN, self.begun)
+
+    def save(self, done: Mapping[int, NDArray[np.bool_]]) -> None:
+        """Write what is done. The rows have to be on disk before."""
+        self.progress.done = DoneRows.of(done)
+        _write(self.progress_path, self.progress)
+
+
+def find_unfinished(cache: Path) -> Unfinished | None:
+    """The unfinished extraction in a cache's folder, if one was begun.
+
+    Raises:
+        StoreError: its records are damaged.
+    """
+    folder = cache / UNFINISHED
+    if folder.is_symlink() or not (folder / BEGUN).is_file():
+        return None
+    found = Unfinished(folder, _read(folder / BEGUN, Begun))
+    if found.laid_down:
+        found.progress = _read(found.progress_path, Progress)
+    return found
+
+
+def _read(path: Path, schema: type[_Record]) -> _Record:
+    record = read_manifest(path, schema)
+    if not is_intact(path.read_bytes()):
+        raise StoreError(
+            f"expected {path} as it was written, got other bytes; remove {path.parent} to begin "
+            "anew"
+        )
+    return record
+
+
+def _write(path: Path, record: BaseModel) -> None:
+    write_bytes(path, seal_json(json.loads(record.model_dump_json())))

@@ -1,0 +1,48 @@
+"""Manifests that tell when a byte of theirs was changed.
+
+A sealed JSON document holds its own SHA-256: that of its bytes with 64 zeros in the seal's place.
+Guarantee: `is_intact` is False after any change, be it in white space. Opening a cache does not
+ask, `probecache verify` does, and so does whoever would write a manifest on from an old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+__all__ = ["NO_SEAL", "encode_json", "is_intact", "seal_json"]
+
+NO_SEAL = "0" * 64
+# Within a JSON string the quotes would be escaped, so a text that looks like a seal is none.
+_SEAL = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
+
+
+def encode_json(content: Any) -> bytes:
+    """Readable JSON in UTF-8, the same bytes for the same content."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def seal_json(content: dict[str, Any], size: int = 0) -> bytes:
+    """A sealed document, padded with blanks to at least `size` bytes."""
+    blank = encode_json({**content, "manifest_sha256": NO_SEAL}).ljust(size)
+    start, stop = _place(blank)
+    return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[stop:]
+
+
+def is_intact(document: bytes) -> bool:
+    """Whether a sealed document is as it was written."""
+    try:
+        start, stop = _place(document)
+    except ValueError:
+        return False
+    blank = document[:start] + NO_SEAL.encode() + document[stop:]
+    return hashlib.sha256(blank).hexdigest().encode() == document[start:stop]
+
+
+def _place(document: bytes) -> tuple[int, int]:
+    places = [match.span(1) for match in _SEAL.finditer(document)]
+    if len(places) != 1:
+        raise ValueError(f"expected one seal, got {len(places)}")
+    return places[0]

@@ -1,0 +1,85 @@
+"""May this run go on from what an interrupted one left, and how did that one go?
+
+Guarantee: a run goes on only with the same identity and layers; asked for with the same options it
+goes the same way as it was begun, so that the cache comes out the same to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probecache.errors import MismatchError
+from probecache.identity import EXTENDING, require_same
+from probecache.layers import format_layers
+from probecache.store.journal import Begun, find_unfinished
+from probecache.workflow.execution import EngineName, Execution
+
+if TYPE_CHECKING:
+    from probecache.store.journal import Unfinished
+    from probecache.types import Identity
+    from probecache.workflow.prepare import ExtractRequest, Plan, Preparation
+
+__all__ = ["begin", "execution_of", "require_same_run"]
+
+# Known only once the weights are read; compared then.
+_LATER = {"attention", "weights"}
+
+
+def begin(prepared: Preparation, planned: Plan, identity: Identity) -> Begun:
+    """What is written down before the first row."""
+    assert planned.execution is not None
+    blueprint = prepared.blueprint
+    return Begun(
+        layers=planned.layers,
+        examples=len(blueprint.examples),
+        dtype=blueprint.dtype,
+        positions=blueprint.positions,
+        identity=identity,
+        origin=blueprint.origin,
+        execution=asdict(planned.execution),
+        asked=_asked(prepared.request),
+    )
+
+
+def execution_of(unfinished: Unfinished | None, request: ExtractRequest) -> Execution | None:
+    """How the interrupted run went, if this one is asked to go alike."""
+    if unfinished is None or unfinished.begun.asked != _asked(request):
+        return None
+    execution = unfinished.begun.execution
+    return Execution(**{**execution, "engine": EngineName(execution["engine"])})
+
+
+def require_same_run(planned: Plan, prepared: Preparation) -> None:
+    """Raise MismatchError where another extraction is unfinished in the same place."""
+    output = Path(planned.output)
+    unfinished = find_unfinished(output)
+    if unfinished is None:
+        return
+    begun, remedy = unfinished.begun, f"or remove {unfinished.folder} to drop what it computed"
+    require_same(
+        begun.identity,
+        replace(prepared.identity, attention=begun.identity.attention),
+        [name for name in EXTENDING if name not in _LATER],
+        what=f"The unfinished extraction in {output} and this run",
+        remedy=f"finish it with the options it was begun with, {remedy}",
+    )
+    if begun.layers != planned.layers:
+        raise MismatchError(
+            f"expected the layers {format_layers(begun.layers)} of the unfinished extraction in "
+            f"{output}, got {format_layers(planned.layers)}; finish it with --layers "
+            f"{','.join(map(str, begun.layers))} first, {remedy}"
+        )
+
+
+def _asked(request: ExtractRequest) -> dict[str, Any]:
+    """The options that decide how a run goes, as JSON has them."""
+    return {
+        "engine": str(request.engine),
+        "memory": request.memory,
+        "batch_tokens": request.batch_tokens,
+        "share_prefixes": request.share_prefixes,
+        "device": request.model.device,
+        "device_map": request.model.device_map,
+    }
