@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from probecache.dataset import load_dataset
-from probecache.store.layout import Blueprint, Origin, lay_out
+from probecache.store.journal import Begun
+from probecache.store.layout import Blueprint, LayerInfo, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
-from probecache.store.writer import open_writer
+from probecache.store.writer import CacheWriter, open_writer
 from probecache.types import Dtype, Identity, Positions
 
 IDENTITY = Identity(
@@ -36,6 +38,7 @@ IDENTITY = Identity(
     special_tokens_kept=False,
     versions={"probecache": "0"},
 )
+TIMING = {"tokens": 30, "distinct_tokens": 20, "computed_tokens": 20}
 EXECUTION = {"engine": "resident", "batches": "shared prefixes"}
 
 
@@ -74,6 +77,29 @@ def blueprint_of(
     )
 
 
+def writer_of(
+    folder: Path,
+    blueprint: Blueprint,
+    extends: LayerInfo | None = None,
+    identity: Identity = IDENTITY,
+) -> AbstractContextManager[CacheWriter]:
+    """A writer of these rows; `identity` is what an unfinished extraction is told by."""
+
+    def begin() -> Begun:
+        return Begun(
+            layers=blueprint.layers,
+            examples=len(blueprint.examples),
+            dtype=blueprint.dtype,
+            positions=blueprint.positions,
+            identity=identity,
+            origin=blueprint.origin,
+            execution={},
+            asked={},
+        )
+
+    return open_writer(folder, blueprint, begin, extends)
+
+
 def write_cache(
     folder: Path,
     records: Sequence[Mapping[str, Any]],
@@ -110,12 +136,11 @@ def write_cache(
         "positions": positions,
         "data": load_dataset(list(records)).fingerprint(),
     }
-    with open_writer(folder, blueprint, add_to.info if add_to else None) as writer:
+    with writer_of(folder, blueprint, add_to.info if add_to else None) as writer:
         writer.write_tokens(np.arange(len(first)))
         for layer, rows in activations.items():
             writer.write(layer, range(len(blueprint.examples)), rows)
-        timing = {"extract_s": 0.5, "load_s": 0.1}
-        writer.commit(replace(IDENTITY, **(own | identity)), timing, {}, EXECUTION)
+        writer.commit(replace(IDENTITY, **(own | identity)), TIMING, EXECUTION)
     return open_cache(folder)
 
 

@@ -6,11 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import random
-import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +15,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import EXECUTION, IDENTITY, blueprint_of, labelled, rows_of, write_cache
+from synthetic import (
+    EXECUTION,
+    IDENTITY,
+    TIMING,
+    blueprint_of,
+    labelled,
+    rows_of,
+    write_cache,
+    writer_of,
+)
 
 from probecache.errors import LayerNotCachedError, OutputError, StoreError, UsageError
 from probecache.fit import fit_difference_of_means
 from probecache.store.describe import describe
-from probecache.store.layout import class_prefixes, encode_json
+from probecache.store.layout import class_prefixes
 from probecache.store.reader import open_cache
+from probecache.store.seal import encode_json
 from probecache.store.tensorfile import file_bytes
 from probecache.store.vectors import load_vectors, save_run
-from probecache.store.writer import open_writer
+from probecache.store.writer import finish_complete, require_free_layers
 
 HIDDEN = 6
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")
@@ -81,7 +87,7 @@ def test_rows_may_come_in_any_order(tmp_path):
     values, tokens = rows(3, 9), [2, 3, 1, 2, 1]
     ends = np.cumsum(tokens)
     blueprint = blueprint_of(RECORDS, [7], HIDDEN, positions="all", tokens=tokens)
-    with open_writer(tmp_path / "c", blueprint) as writer:
+    with writer_of(tmp_path / "c", blueprint) as writer:
         for batch in ([4, 0], [3], [2, 1]):
             pieces = [values[ends[i] - tokens[i] : ends[i]] for i in batch]
             writer.write(7, batch, torch.cat(pieces))
@@ -89,7 +95,7 @@ def test_rows_may_come_in_any_order(tmp_path):
         identity = IDENTITY.__class__(
             **{**IDENTITY.__dict__, "hidden_size": HIDDEN, "positions": "all"}
         )
-        writer.commit(identity, {}, {}, EXECUTION)
+        writer.commit(identity, TIMING, EXECUTION)
     ordered = write_cache(tmp_path / "d", RECORDS, {7: values}, tokens=tokens, positions="all")
     for label in ("testing", "deployment"):
         assert torch.equal(open_cache(tmp_path / "c")[label, 7], rows_of(ordered, label, 7))
@@ -255,7 +261,7 @@ def test_classes_of_hostile_names_stay_in_the_folder_and_apart(tmp_path):
     cache = write_cache(tmp_path / "in" / "cache", labelled(*labels), {10: values})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["cache"]
-    assert len(list((cache.path / "layer_10").iterdir())) == len(labels)
+    assert len(list((cache.path / "layer_10").glob("*.pt"))) == len(labels)
     for place, label in enumerate(labels):
         assert torch.equal(cache[label, 10], values[place : place + 1]), label
 
@@ -265,7 +271,7 @@ def test_classes_of_hostile_names_stay_in_the_folder_and_apart(tmp_path):
 
 def test_a_folder_without_manifest_is_refused_as_unfinished(cache):
     (cache.path / "layer_info.json").unlink()
-    with pytest.raises(StoreError, match="did not finish"):
+    with pytest.raises(StoreError, match="not a cache"):
         open_cache(cache.path)
     with pytest.raises(StoreError, match="nothing there"):
         open_cache(cache.path / "none")
@@ -386,7 +392,7 @@ def test_forged_metadata_are_refused(token_cache, forgery):
 # ---------------------------------------------------------------- failing and being killed
 
 
-def test_a_disk_that_fills_up_midway_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_midway_is_told_and_keeps_what_was_written(tmp_path, monkeypatch):
     real, calls = os.pwrite, []
 
     def pwrite(*arguments):
@@ -396,9 +402,15 @@ def test_a_disk_that_fills_up_midway_is_told_and_leaves_nothing(tmp_path, monkey
         return real(*arguments)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OutputError, match=r"disk or quota is full .* nothing was kept"):
+    with pytest.raises(OutputError, match=r"room for [\d,]+ bytes .* disk or quota is full"):
         write_cache(tmp_path / "cache", RECORDS, {10: rows()})
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match="has not finished"):
+        open_cache(tmp_path / "cache")
+    with writer_of(tmp_path / "cache", blueprint_of(RECORDS, [10], HIDDEN)) as writer:
+        assert writer.done([10]).tolist() == [True, True, True, False, False]
+    resumed = write_cache(tmp_path / "cache", RECORDS, {10: rows()})
+    assert torch.equal(rows_of(resumed, "testing", 10), rows()[IS_TESTING])
 
 
 def test_a_disk_that_cannot_hold_the_files_is_told_before_the_first_row(tmp_path, monkeypatch):
@@ -408,7 +420,7 @@ def test_a_disk_that_cannot_hold_the_files_is_told_before_the_first_row(tmp_path
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     with (
         pytest.raises(OutputError, match="disk or quota is full"),
-        open_writer(tmp_path / "cache", blueprint_of(RECORDS, [1], HIDDEN)),
+        writer_of(tmp_path / "cache", blueprint_of(RECORDS, [1], HIDDEN)),
     ):
         pytest.fail("the writer opened")
     assert list(tmp_path.iterdir()) == []
@@ -439,39 +451,16 @@ def test_added_layers_count_only_once_the_manifest_names_them(cache, monkeypatch
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("probecache.store.writer.write_bytes", killed)
+    monkeypatch.setattr("probecache.store.commit.write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         write_cache(cache.path, RECORDS, {15: rows(15)}, add_to=cache)
     monkeypatch.undo()
     assert (cache.path / "layer_info.json").read_bytes() == before
     assert open_cache(cache.path).layers == (10, 20)
-    again = write_cache(cache.path, RECORDS, {15: rows(16)}, add_to=open_cache(cache.path))
-    assert torch.equal(rows_of(again, "testing", 15), rows(16)[IS_TESTING])
-
-
-def test_a_writer_killed_at_any_moment_leaves_a_whole_cache_or_none(tmp_path):
-    moments = random.Random(0)
-    activations = {layer: rows(layer, hidden=50_000) for layer in range(6)}
-    started = time.perf_counter()
-    write_cache(tmp_path / "whole", RECORDS, activations)
-    usual = time.perf_counter() - started
-    found = []
-    for trial in range(12):
-        final = tmp_path / f"cache_{trial}"
-        child = os.fork()
-        if child == 0:
-            write_cache(final, RECORDS, activations)
-            os._exit(0)
-        time.sleep(moments.uniform(0, 1.3 * usual))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found.append(final.exists())
-        if final.exists():
-            cache = open_cache(final)
-            for name, record in cache.info.files.items():
-                content = (final / name).read_bytes()
-                assert hashlib.sha256(content).hexdigest() == record.sha256
-    assert not all(found), "no trial was killed early enough to show anything"
+    finish_complete(cache.path)
+    assert open_cache(cache.path).layers == (10, 15, 20)
+    assert torch.equal(rows_of(open_cache(cache.path), "testing", 15), rows(15)[IS_TESTING])
+    assert not (cache.path / "unfinished").exists()
 
 
 # ---------------------------------------------------------------- runs
@@ -633,20 +622,23 @@ def test_a_place_that_is_neither_is_refused(tmp_path):
 
 def adding(folder, layer):
     """A writer that adds a layer to a cache; leave its context to close it."""
-    return open_writer(folder, blueprint_of(RECORDS, [layer], HIDDEN), open_cache(folder).info)
+    return writer_of(folder, blueprint_of(RECORDS, [layer], HIDDEN), open_cache(folder).info)
 
 
 def commit(writer, layer, seed):
     writer.write(layer, range(len(RECORDS)), rows(seed))
     weights = {known: f"{known:064x}" for known in (10, 20, layer)}
     identity = replace(open_cache(writer.final).identity, weights=weights)
-    writer.commit(identity, {"extract_s": 0.0, "load_s": 0.0}, {}, EXECUTION)
+    writer.commit(identity, TIMING, EXECUTION)
 
 
-def test_two_runs_that_add_layers_at_once_both_keep_theirs(cache):
-    with adding(cache.path, 5) as first, adding(cache.path, 7) as second:
-        commit(second, 7, seed=7)
+def test_of_two_runs_that_add_layers_the_second_is_told_who_writes(cache):
+    with adding(cache.path, 5) as first:
+        with pytest.raises(OutputError, match=rf"process {os.getpid()} on .* is extracting"):
+            adding(cache.path, 7).__enter__()
         commit(first, 5, seed=5)
+    with adding(cache.path, 7) as second:
+        commit(second, 7, seed=7)
     whole = open_cache(cache.path)
     assert whole.layers == (5, 7, 10, 20)
     assert set(whole.identity.weights) == {5, 7, 10, 20}
@@ -654,39 +646,14 @@ def test_two_runs_that_add_layers_at_once_both_keep_theirs(cache):
         assert torch.equal(rows_of(whole, "testing", layer), rows(layer)[IS_TESTING])
 
 
-def test_runs_that_commit_at_the_same_moment_keep_all_their_layers(cache):
-    together = threading.Barrier(4)
-
-    def add(layer):
-        with adding(cache.path, layer) as writer:
-            writer.write(layer, range(len(RECORDS)), rows(layer))
-            together.wait()
-            weights = {layer: f"{layer:064x}"}
-            identity = replace(cache.identity, weights=weights)
-            writer.commit(identity, {"extract_s": 0.0}, {}, EXECUTION)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(add, (5, 6, 7, 8)))
-    whole = open_cache(cache.path)
-    assert whole.layers == (5, 6, 7, 8, 10, 20)
-    assert set(whole.identity.weights) == {5, 6, 7, 8, 10, 20}
-
-
-def test_of_two_runs_that_add_one_layer_the_second_is_told(cache):
-    with adding(cache.path, 5) as first, adding(cache.path, 5) as second:
-        commit(second, 5, seed=1)
-        with pytest.raises(OutputError, match=r"another run has added \[5\] meanwhile"):
-            commit(first, 5, seed=2)
-    assert torch.equal(rows_of(open_cache(cache.path), "testing", 5), rows(1)[IS_TESTING])
-
-
 def test_a_users_file_where_a_layer_would_go_is_kept(cache):
     (cache.path / "layer_5").mkdir()
     (cache.path / "layer_5" / "notes.txt").write_text("mine")
-    with adding(cache.path, 5) as writer, pytest.raises(OutputError, match=r"holds notes\.txt"):
+    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+        require_free_layers(cache.path, blueprint_of(RECORDS, [5], HIDDEN))
+    with adding(cache.path, 5) as writer:  # put there meanwhile
         commit(writer, 5, seed=1)
     assert (cache.path / "layer_5" / "notes.txt").read_text() == "mine"
-    assert open_cache(cache.path).layers == (10, 20)
 
 
 def test_what_a_killed_run_left_where_a_layer_goes_is_replaced(cache):

@@ -18,7 +18,7 @@ __all__ = ["print_cache", "print_plan", "print_start", "print_validation", "prin
 
 def print_cache(cache: Cache, took: Took | None) -> None:
     """A finished extraction: what the cache holds and what it took."""
-    size = sum(record.bytes for record in cache.info.files.values())
+    size = sum(record.bytes for record in cache.info.tensors.values())
     print(
         f"{cache.path} holds {_count(cache.info.num_examples, 'example')} x "
         f"{_count(len(cache.layers), 'layer')}, "

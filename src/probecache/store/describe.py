@@ -74,7 +74,7 @@ def _written(manifest: Path) -> str:
 
 def _cache(cache: Cache) -> list[tuple[str, str]]:
     info = cache.info
-    size = sum(record.bytes for record in info.files.values())
+    size = sum(record.bytes for record in info.tensors.values())
     classes = (f"{c} {r.examples} examples, {r.rows} rows" for c, r in info.classes.items())
     return [
         ("cache", str(cache.path)),
@@ -83,7 +83,7 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
         ("layers", ",".join(map(str, cache.layers))),
         ("positions", str(info.positions)),
         ("examples", f"{info.num_examples} ({'; '.join(classes)})"),
-        ("tensors", f"{size:,} bytes in {len(info.files)} files"),
+        ("tensors", f"{size:,} bytes in {len(info.tensors)} files"),
         ("rows with NaN/Inf", str(sum(info.non_finite.values()))),
         ("computed by", _execution(info.execution)),
         ("written", _written(cache.path / LAYER_INFO)),

@@ -200,6 +200,11 @@ class CacheWriter:
         self.seconds += time.perf_counter() - started
         return finish(self.unfinished, self.claim)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether rows can be written."""
+        return bool(self._files)
+
     def close(self) -> None:
         """Close the files; what was written stays."""
         for file in self._files.values():
@@ -220,8 +225,8 @@ class CacheWriter:
                 self._checksums[layer] = self._read_checksums(layer)
         jobs = [(layer, label) for layer in self.blueprint.layers for label in self._members]
         with ThreadPoolExecutor(1 if done is None else None) as pool:
-            files = pool.map(lambda job: self._open(job[0], job[1], done), jobs)
-            self._files.update(zip(jobs, files, strict=True))
+            files = list(pool.map(lambda job: self._open(job[0], job[1], done), jobs))
+        self._files = dict(zip(jobs, files, strict=True))
         if done is None:
             for layer in self.blueprint.layers:
                 sync_folder(self.folder / f"layer_{layer}")
@@ -373,7 +378,8 @@ def open_writer(
             yield writer
         except BaseException as error:
             # What a kill would have left is worth keeping; so is what came since it was recorded.
-            if not isinstance(error, ProbecacheError) or isinstance(error, OutputError):
+            foreseen = isinstance(error, ProbecacheError) and not isinstance(error, OutputError)
+            if writer.is_open and not foreseen:
                 with suppress(OSError, OutputError):
                     writer.record()
             raise
@@ -407,10 +413,10 @@ def _unfinished_folder(final: Path, needed: int | None = None) -> Iterator[tuple
                 finally:
                     _leave(folder)
         finally:
-            with suppress(OSError):
-                folder.rmdir()  # where no claim was had, or nothing is left
-                if is_new:
-                    final.rmdir()
+            # Only what is empty goes: where no claim was had, or nothing is left.
+            for empty in [folder, final] if is_new else [folder]:
+                with suppress(OSError):
+                    empty.rmdir()
 
 
 def _leave(folder: Path) -> None:
