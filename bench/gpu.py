@@ -84,7 +84,7 @@ def run_engine(
     """
     tree = PrefixTree(prompts)
     tile = _TILE.get(model.input_device.type, _TILE["cuda"])
-    work = TreeWork(tree, plan_stretches(len(tree), budget), tile)
+    work = TreeWork(tree, plan_stretches(tree.bounds, tree.shared, budget), tile)
     return sum(len(rows.values) for rows in ResidentEngine(model).run(work, layers))
 
 

@@ -53,7 +53,7 @@ def through_packs(loaded, prompts, budget, tile=16):
     path, found, caught = torch.empty(0, 0), {}, []
     hook = loaded.blocks[-1].register_forward_hook(lambda _m, _i, out: caught.append(out))
     with torch.inference_mode(), attend_to_ancestors([loaded.model]):
-        for step in plan_stretches(len(tree), budget):
+        for step in plan_stretches(tree.bounds, tree.shared, budget):
             pack = tree.pack(step.start, step.stop, tile)
             running = PackPass(pack, context)
             with running.running():

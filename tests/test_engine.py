@@ -7,8 +7,10 @@ Models are real and tiny; where memory must run out, a forward is made to raise 
 from __future__ import annotations
 
 import gc
+import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from families import (
@@ -18,7 +20,17 @@ from families import (
     plain_layers,
     relative_difference,
 )
-from works import KINDS, Known, equal, largest_difference, padded, prompts_of, run, shared
+from works import (
+    KINDS,
+    Known,
+    equal,
+    largest_difference,
+    padded,
+    prompts_of,
+    run,
+    shared,
+    sorted_out,
+)
 
 from probecache import engine
 from probecache.engine import ResidentEngine
@@ -53,6 +65,36 @@ def loaded(folder, dtype=Dtype.FLOAT32, start=0):
 
 def one_by_one(prompts):
     return PaddedWork(prompts, [Batch((n,), len(prompt)) for n, prompt in enumerate(prompts)])
+
+
+# ---------------------------------------------------------------- going on in the middle
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "gemma3", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("mean", [False, True], ids=["all", "mean"])
+def test_the_rows_that_are_left_are_those_of_the_whole_run_bit_for_bit(folders, name, kind, mean):
+    prompts = prompts_of(folders(name))
+    model, chance = ResidentEngine(loaded(folders(name))), random.Random(name)
+    for budget in (7, 20, 50):
+        work = kind(prompts, budget, mean=mean)
+        whole = run(model, work, LAYERS)
+        for share in (0.0, 0.3, 0.7, 0.95, 1.0):
+            done = np.array([chance.random() < share for _ in prompts])
+            left = sorted_out(model.run(work.remaining(done), LAYERS), work)
+            wanted = {key: rows for key, rows in whole.items() if not done[key[1]]}
+            assert equal(left, wanted), (budget, share)
+
+
+def test_steps_may_still_be_halved_when_a_run_goes_on(folders, monkeypatch):
+    prompts = prompts_of(folders("llama"))
+    model = ResidentEngine(loaded(folders("llama")))
+    done = np.arange(len(prompts)) % 2 == 0
+    work = shared(prompts, 60)
+    halved = TreeWork(work.tree, [half for step in work.steps for half in step.halves()], work.tile)
+    whole = run(model, halved, LAYERS)
+    model = ResidentEngine(loaded(folders("llama")), 40)
+    left = sorted_out(model.run(work.remaining(done), LAYERS), work)
+    assert largest_difference(left, {k: v for k, v in whole.items() if not done[k[1]]}) < 1e-6
 
 
 # ---------------------------------------------------------------- which rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,15 +66,34 @@ def test_halves_of_a_batch_share_the_prompts_out_and_keep_the_padding(prompts):
 # ---------------------------------------------------------------- stretches
 
 
-@given(st.integers(1, 1000), st.integers(1, 300))
-def test_stretches_are_the_fewest_within_the_budget_and_of_like_size(tokens, budget):
-    stretches = plan_stretches(tokens, budget)
-    walk = [token for one in stretches for token in range(one.start, one.stop)]
-    assert walk == list(range(tokens))
+@st.composite
+def walks(draw):
+    """Where each prompt's own tokens begin in a walk, and how deep it branches off."""
+    own = draw(st.lists(st.integers(0, 40), min_size=1, max_size=40))
+    own[0] += 1
+    branches = [0, *draw(st.lists(st.integers(0, 30), min_size=len(own) - 1, max_size=len(own)))]
+    return np.cumsum([0, *own]), np.array(branches[: len(own)])
+
+
+@given(walks(), st.integers(1, 100))
+def test_stretches_follow_one_another_within_the_budget_and_use_most_of_it(walk, budget):
+    begins, branches = walk
+    stretches = plan_stretches(begins, branches, budget)
+    assert [t for one in stretches for t in range(one.start, one.stop)] == [*range(begins[-1])]
     sizes = [one.tokens for one in stretches]
     assert max(sizes) <= budget
-    assert max(sizes) - min(sizes) <= 1
-    assert (len(stretches) - 1) * budget < tokens
+    assert all(size >= budget - budget // 4 for size in sizes[:-1])
+
+
+def test_a_stretch_ends_where_a_prompt_branches_off_highest():
+    begins = np.array([0, 50, 76, 80, 95, 130, 200])
+    branches = np.array([0, 20, 3, 30, 3, 5])
+    assert plan_stretches(begins, branches, 100) == [
+        Stretch(0, 95),
+        Stretch(95, 195),
+        Stretch(195, 200),
+    ]
+    assert plan_stretches(begins, branches, 90)[0] == Stretch(0, 76)
 
 
 @given(st.integers(0, 1000), st.integers(2, 300))
@@ -105,7 +125,10 @@ def test_halving_comes_to_an_end_with_nothing_lost(step):
     assert tokens == step.tokens
 
 
-@pytest.mark.parametrize("plan", [lambda: plan_batches([3], 0), lambda: plan_stretches(3, 0)])
+@pytest.mark.parametrize(
+    "plan",
+    [lambda: plan_batches([3], 0), lambda: plan_stretches(np.array([0, 3]), np.array([0]), 0)],
+)
 def test_a_budget_below_one_token_is_refused(plan):
     with pytest.raises(UsageError, match="at least 1, got 0"):
         plan()

@@ -221,3 +221,25 @@ def test_long_prompts_over_many_tiles_and_packs_see_their_ancestors(size):
                 ancestors = [name[: len(column)] == column for column in columns]
                 assert tile.sees[row].tolist() == ancestors
                 assert sum(ancestors) == len(name)
+
+
+# ---------------------------------------------------------------- what a token stands under
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12))
+def test_a_path_leads_from_the_root_along_the_tokens_own_prompt(texts):
+    prompts = [
+        TokenizedPrompt(np.array(ids, dtype=np.int32), np.arange(len(ids), dtype=np.int32))
+        for ids in texts
+    ]
+    tree = PrefixTree(prompts)
+    walk = [None] * len(tree)  # the prefix that each token ends
+    for place, index in enumerate(tree.order):
+        first, stop = tree.bounds[place : place + 2]
+        for token in range(first, stop):
+            depth = int(tree.shared[place]) + token - first
+            walk[token] = tuple(texts[index][: depth + 1])
+    for token, prefix in enumerate(walk):
+        above = [walk[one] for one in tree.path(token)]
+        assert above == [prefix[: depth + 1] for depth in range(len(prefix) - 1)]
+    assert [walk[end] for end in tree.ends] == [tuple(ids) for ids in texts]

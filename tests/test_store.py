@@ -408,7 +408,7 @@ def test_a_disk_that_fills_up_midway_is_told_and_keeps_what_was_written(tmp_path
     with pytest.raises(StoreError, match="has not finished"):
         open_cache(tmp_path / "cache")
     with writer_of(tmp_path / "cache", blueprint_of(RECORDS, [10], HIDDEN)) as writer:
-        assert writer.done([10]).tolist() == [True, True, True, False, False]
+        assert writer.done([10]).tolist() == [True, True, True, True, False]
     resumed = write_cache(tmp_path / "cache", RECORDS, {10: rows()})
     assert torch.equal(rows_of(resumed, "testing", 10), rows()[IS_TESTING])
 

@@ -41,7 +41,7 @@ def padded(prompts, budget=150, *, mean=False):
 def shared(prompts, budget=50, *, tile=16, mean=False):
     """Packs of the prefix tree within a budget of tokens."""
     tree = PrefixTree(prompts)
-    return TreeWork(tree, plan_stretches(len(tree), budget), tile, mean)
+    return TreeWork(tree, plan_stretches(tree.bounds, tree.shared, budget), tile, mean)
 
 
 KINDS = {"padded": padded, "shared": shared}

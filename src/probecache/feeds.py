@@ -11,8 +11,10 @@ Dimensions: B rows of T tokens go in, H hidden size, K rows come out.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -103,7 +105,13 @@ class Work(Protocol):
         """A step made ready for a model's device."""
         ...
 
-    def remaining(self, done: Any) -> Work: ...
+    def remaining(self, done: NDArray[np.bool_]) -> Work:
+        """The work of the prompts that are not done: their rows alone, bit for bit the same.
+
+        Args:
+            done: bool [prompts].
+        """
+        ...
 
 
 # ---------------------------------------------------------------- padded batches
@@ -117,23 +125,27 @@ class PaddedWork:
         prompts: all prompts.
         steps: which of them go together.
         mean: one row per prompt, the mean over its kept tokens.
+        done: bool [prompts], those whose rows are not wanted; None: all are.
     """
 
     prompts: Sequence[TokenizedPrompt]
     steps: Sequence[Batch]
     mean: bool = False
+    done: NDArray[np.bool_] | None = None
 
     def attention(self, modules: list[Any]) -> AbstractContextManager[None]:
         """The model's own attention."""
         return nullcontext()
 
-    def remaining(self, done: Any) -> Work:
-        return self
+    def remaining(self, done: NDArray[np.bool_]) -> PaddedWork:
+        """See `Work.remaining`; batches stay whole, so that their shapes and numbers do."""
+        steps = [step for step in self.steps if not done[list(step.prompts)].all()]
+        return replace(self, steps=steps, done=done)
 
     def feed(self, step: Batch, context: Context, model: LoadedModel) -> Feed:
         """A batch made ready."""
         prompts = [self.prompts[index] for index in step.prompts]
-        return _PaddedFeed(step, prompts, self.mean, model)
+        return _PaddedFeed(step, prompts, self.mean, model, self.done)
 
 
 class _PaddedFeed:
@@ -144,11 +156,17 @@ class _PaddedFeed:
     """
 
     def __init__(
-        self, batch: Batch, prompts: list[TokenizedPrompt], mean: bool, model: LoadedModel
+        self,
+        batch: Batch,
+        prompts: list[TokenizedPrompt],
+        mean: bool,
+        model: LoadedModel,
+        done: NDArray[np.bool_] | None,
     ) -> None:
         import torch
 
-        self.prompts = batch.prompts
+        wanted = _wanted(batch.prompts, done)
+        self.prompts = tuple(batch.prompts[number] for number in wanted)
         # A half of a batch keeps the padding of the whole, which its numbers and place depend on.
         longest = batch.padded_length
         self.shape = (len(prompts), longest)
@@ -163,7 +181,7 @@ class _PaddedFeed:
         if (owners < 0).any():
             mask = torch.from_numpy((owners >= 0).astype(np.int64))
             self.inputs["attention_mask"] = mask.to(model.input_device)
-        kept = [row * longest + p.kept.astype(np.int64) for row, p in enumerate(prompts)]
+        kept = [row * longest + prompts[row].kept.astype(np.int64) for row in wanted]
         self._select = _Selector(kept, mean)
 
     def running(self) -> AbstractContextManager[None]:
@@ -185,15 +203,17 @@ class TreeWork:
 
     Attributes:
         tree: the prompts.
-        steps: in the order of the walk, without gaps.
+        steps: in the order of the walk; none stands under one that is left out.
         tile: tokens that share one call of attention, up to four times as many behind a context.
         mean: one row per prompt, the mean over its kept tokens.
+        done: bool [prompts], those whose rows are not wanted; None: all are.
     """
 
     tree: PrefixTree
     steps: Sequence[Stretch]
     tile: int
     mean: bool = False
+    done: NDArray[np.bool_] | None = None
 
     @property
     def prompts(self) -> Sequence[TokenizedPrompt]:
@@ -204,15 +224,39 @@ class TreeWork:
         """Attention that sees ancestors."""
         return attend_to_ancestors(modules)
 
-    def remaining(self, done: Any) -> Work:
-        return self
+    def remaining(self, done: NDArray[np.bool_]) -> TreeWork:
+        """See `Work.remaining`.
+
+        Steps stay whole. Beside those in which a prompt ends that is not done, those stay that hold
+        what they stand under, and what these stand under in turn.
+        """
+        starts = np.array([step.start for step in self.steps])
+        ends = self.tree.ends[~done]
+        wanted = {int(n) for n in np.searchsorted(starts, ends, side="right") - 1}
+        needed: set[int] = set()
+        while wanted:
+            number = wanted.pop()
+            needed.add(number)
+            above = np.searchsorted(starts, self.tree.path(int(starts[number])), side="right") - 1
+            wanted |= {*np.unique(above).tolist()} - needed
+        return replace(self, steps=[self.steps[n] for n in sorted(needed)], done=done)
 
     def feed(self, step: Stretch, context: Context, model: LoadedModel) -> Feed:
         """A pack made ready."""
         # Behind a long context larger tiles copy its keys less often.
         tile = max(self.tile, min(4 * self.tile, self.tree.depth(step.start) // 8))
-        pack = self.tree.pack(step.start, step.stop, tile)
+        pack = self.tree.pack(step.start, step.stop, tile, self._then(step.stop))
         return _TreeFeed(pack, self, context, model)
+
+    def _then(self, stop: int) -> int:
+        """Where the step begins that follows the one which ends at `stop`."""
+        number = bisect_right(self._starts, stop - 1)
+        inside = number and stop < self.steps[number - 1].stop  # a step was cut in two
+        return stop if inside or number == len(self.steps) else self._starts[number]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [step.start for step in self.steps]
 
 
 class _TreeFeed:
@@ -222,7 +266,9 @@ class _TreeFeed:
         import torch
 
         device = model.input_device
-        self.prompts, self.owners, self.depths = pack.prompts, pack.owners, pack.depths
+        wanted = _wanted(pack.prompts, work.done)
+        self.prompts = tuple(pack.prompts[number] for number in wanted)
+        self.owners, self.depths = pack.owners, pack.depths
         self.shape = (1, len(pack.ids))
         ids, depths = torch.from_numpy(pack.ids), torch.from_numpy(pack.depths)
         self.inputs = {
@@ -237,7 +283,7 @@ class _TreeFeed:
         lowest = work.tree.first_kept
         self._ahead = max(pack.context - lowest, 0)
         offset = min(lowest, pack.context)
-        self._select = _Selector([rows - offset for rows in pack.rows], work.mean)
+        self._select = _Selector([pack.rows[number] - offset for number in wanted], work.mean)
         ahead = pack.carried[lowest:] - offset
         self._next = columns_on(ahead, device) if len(ahead) else None
 
@@ -266,6 +312,11 @@ class _TreeFeed:
 
 
 # ---------------------------------------------------------------- rows
+
+
+def _wanted(prompts: Sequence[int], done: NDArray[np.bool_] | None) -> list[int]:
+    """Places of the prompts whose rows are wanted."""
+    return [n for n, prompt in enumerate(prompts) if done is None or not done[prompt]]
 
 
 class _Selector:

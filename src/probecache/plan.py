@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from probecache.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 __all__ = [
     "Batch",
@@ -120,12 +124,30 @@ def plan_batches(lengths: Sequence[int], token_budget: int, *, mixed: bool = Tru
     return batches
 
 
-def plan_stretches(tokens: int, token_budget: int) -> list[Stretch]:
-    """Cut a walk of so many tokens into the fewest stretches within the budget, of like size."""
+def plan_stretches(
+    begins: NDArray[np.int64], branches: NDArray[np.int64], token_budget: int
+) -> list[Stretch]:
+    """Cut a walk through a prefix tree into stretches within the budget.
+
+    Each ends where, within the last quarter of the budget, a prompt branches off highest: what
+    stands there under few tokens needs few earlier stretches to be computed again when a run goes
+    on from it.
+
+    Args:
+        begins: int64 [prompts + 1], where each prompt's own tokens begin, and the walk's end.
+        branches: int64 [prompts], how deep each prompt branches off.
+        token_budget: most tokens per stretch.
+    """
     _check_budget(token_budget)
-    count = -(-tokens // token_budget)
-    bounds = [tokens * number // count for number in range(count + 1)]
-    return [Stretch(start, stop) for start, stop in pairwise(bounds)]
+    tokens, bounds = int(begins[-1]), [0]
+    while tokens - bounds[-1] > token_budget:
+        latest = bounds[-1] + token_budget
+        first, last = np.searchsorted(begins[:-1], [latest - token_budget // 4, latest + 1])
+        if last > first:
+            window = branches[first:last][::-1]
+            latest = int(begins[last - 1 - int(window.argmin())])
+        bounds.append(latest)
+    return [Stretch(start, stop) for start, stop in pairwise([*bounds, tokens])]
 
 
 def _check_budget(token_budget: int) -> None:

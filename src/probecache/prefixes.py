@@ -10,7 +10,9 @@ before it. A pack is a stretch of the walk:
 
 What a pack's tokens see of earlier packs is one path from the root, the pack's context: as many
 tokens as its first token is deep. Guarantee: each distinct prefix is in exactly one pack; packs in
-the order of the walk find in their context all that they see. Knows token ids, no model.
+the order of the walk find in their context all that they see. Packs may be left out, as long as
+those stay that hold the path at which a later one begins: subtrees are stretches of the walk, so
+that path is a beginning of every path in between. Knows token ids, no model.
 
 Coordinates in a pack of context C and T tokens: 0..C-1 is the context by depth, C..C+T-1 the pack.
 """
@@ -118,9 +120,49 @@ class PrefixTree:
         """Depth above which no prompt keeps a token."""
         return min(int(prompt.kept[0]) for prompt in self.prompts)
 
-    def pack(self, start: int, stop: int, tile: int) -> Pack:
-        """The tokens start..stop of the walk, in tiles of so many tokens."""
-        return _Builder(self, start, stop, tile).build()
+    def pack(self, start: int, stop: int, tile: int, then: int | None = None) -> Pack:
+        """The tokens start..stop of the walk, in tiles of so many tokens.
+
+        Args:
+            then: where the next pack begins; None: at `stop`.
+        """
+        return _Builder(self, start, stop, tile, stop if then is None else then).build()
+
+    def path(self, token: int) -> NDArray[np.int64]:
+        """The tokens of the walk that a token stands under: int64 [depth], rising."""
+        place = self._place(token)
+        depth = self.depth(token)
+        path = np.empty(depth, dtype=np.int64)
+        while depth:
+            # A prompt adds to the walk what lies below its branch; what lies above it, the nearest
+            # one before does that branches off higher.
+            begin = int(self.shared[place])
+            if begin < depth:
+                first = int(self.bounds[place])
+                path[begin:depth] = np.arange(first, first + depth - begin)
+                depth = begin
+            place = self._higher[place]
+        return path
+
+    @cached_property
+    def _higher(self) -> list[int]:
+        """For each place, the nearest one before that branches off higher; -1 at the root."""
+        found: list[int] = []
+        open_places: list[int] = []
+        depths = self.shared.tolist()
+        for place, depth in enumerate(depths):
+            while open_places and depths[open_places[-1]] >= depth:
+                open_places.pop()
+            found.append(open_places[-1] if open_places else -1)
+            open_places.append(place)
+        return found
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Where in the walk each prompt's last token is: int64 [prompts]."""
+        ends = np.empty(len(self.prompts), dtype=np.int64)
+        ends[self.order] = self.bounds[1:] - 1
+        return ends
 
     def _place(self, token: int) -> int:
         """The prompt, by its place in the order, that adds a token of the walk."""
@@ -135,8 +177,8 @@ class PrefixTree:
 class _Builder:
     """Walks through one pack, with the path from the root to where it stands."""
 
-    def __init__(self, tree: PrefixTree, start: int, stop: int, tile: int) -> None:
-        self.tree, self.start, self.stop, self.tile = tree, start, stop, tile
+    def __init__(self, tree: PrefixTree, start: int, stop: int, tile: int, then: int) -> None:
+        self.tree, self.start, self.stop, self.tile, self.then = tree, start, stop, tile, then
         self.context = tree.depth(start)
         self.ids = np.empty(stop - start, dtype=np.int64)
         self.depths = np.empty(stop - start, dtype=np.int64)
@@ -149,7 +191,7 @@ class _Builder:
     def build(self) -> Pack:
         for place, begin, end in self._stretches():
             self._add(place, begin, end)
-        after = self.tree.depth(self.stop) if self.stop < len(self.tree) else 0
+        after = self.tree.depth(self.then) if self.then < len(self.tree) else 0
         return Pack(
             ids=self.ids,
             depths=self.depths,

@@ -243,7 +243,7 @@ class Run:
         limits = (self.execution.batch_tokens, place_limit(self.source.config), most)
         budget = min(limit for limit in limits if limit is not None)
         tile = _TILE.get(self.model.input_device.type, _TILE["cuda"])
-        return TreeWork(tree, plan_stretches(len(tree), budget), tile, mean)
+        return TreeWork(tree, plan_stretches(tree.bounds, tree.shared, budget), tile, mean)
 
     def _start(self) -> Start | None:
         if not self.passage.cached:
