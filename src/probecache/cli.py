@@ -17,6 +17,7 @@ from probecache.errors import Interrupted, ProbecacheError, UsageError
 from probecache.terminal import (
     print_cache,
     print_plan,
+    print_report,
     print_start,
     print_validation,
     print_vectors,
@@ -367,6 +368,25 @@ def info(
     from probecache.store.describe import describe
 
     print("\n".join(describe(path)))
+
+
+@app.command()
+def verify(
+    path: Annotated[
+        Path, typer.Argument(help="A cache, a run, a folder of vectors, or a validation.")
+    ],
+) -> None:
+    """Read every file and compare it with its record.
+
+    Names every file that is not as it was written, and which rows of it. Exit code: 0 if all is
+    whole, 1 if something is damaged, 2 if there is nothing of ours.
+    """
+    from probecache.store.verify import verify as run
+
+    report = run(path)
+    print_report(report)
+    if not report.whole:
+        raise typer.Exit(1)
 
 
 @app.command("make-validation")

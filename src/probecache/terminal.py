@@ -9,11 +9,19 @@ from probecache.layers import format_layers
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
     from probecache.store.vectors import SavedVectors
+    from probecache.store.verify import Report
     from probecache.workflow.extract import Took
     from probecache.workflow.prepare import Plan
     from probecache.workflow.validate import Validation
 
-__all__ = ["print_cache", "print_plan", "print_start", "print_validation", "print_vectors"]
+__all__ = [
+    "print_cache",
+    "print_plan",
+    "print_report",
+    "print_start",
+    "print_validation",
+    "print_vectors",
+]
 
 
 def print_cache(cache: Cache, took: Took | None) -> None:
@@ -121,6 +129,19 @@ def print_vectors(vectors: SavedVectors) -> None:
         without = format_layers(info.layers_without_direction)
         print(f"Note: left out layer {without}, where both classes have the same mean")
     print(f"Vectors: {vectors.path}")
+
+
+def print_report(report: Report) -> None:
+    """What verifying found: a line per damaged file."""
+    for damage in report.damages:
+        print(f"damaged  {damage.file}: {damage.what}")
+    for note in report.notes:
+        print(f"note     {note}")
+    read = f"{_count(report.files, 'file')}, {_bytes(report.bytes)}"
+    if report.whole:
+        print(f"{report.path} is whole: {read} are as they were written ({report.kind})")
+    else:
+        print(f"{report.path} is damaged: {len(report.damages)} of {read} ({report.kind})")
 
 
 def print_validation(result: Validation) -> None:

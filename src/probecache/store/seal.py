@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
-__all__ = ["NO_SEAL", "encode_json", "is_intact", "seal_json"]
+from probecache.atomic import sha256_of_file
+
+__all__ = ["NO_SEAL", "encode_json", "is_intact", "record_files", "seal_json"]
 
 NO_SEAL = "0" * 64
 # Within a JSON string the quotes would be escaped, so a text that looks like a seal is none.
@@ -29,6 +32,17 @@ def seal_json(content: dict[str, Any], size: int = 0) -> bytes:
     blank = encode_json({**content, "manifest_sha256": NO_SEAL}).ljust(size)
     start, stop = _place(blank)
     return blank[:start] + hashlib.sha256(blank).hexdigest().encode() + blank[stop:]
+
+
+def record_files(folder: Path, but: str) -> dict[str, dict[str, int | str]]:
+    """Bytes and SHA-256 of every file below a folder but one, by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for name, path in names.items()
+        if name != but
+    }
 
 
 def is_intact(document: bytes) -> bool:

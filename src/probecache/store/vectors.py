@@ -31,7 +31,7 @@ from probecache.atomic import (
 )
 from probecache.errors import StoreError
 from probecache.store.reader import read_manifest
-from probecache.store.seal import encode_json
+from probecache.store.seal import NO_SEAL, record_files, seal_json
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 _MANIFEST = "vectors.json"
+_OF_A_FOLDER = {"normalized", "format", "format_version", "manifest_sha256"}
 
 
 class LayerRecord(BaseModel):
@@ -87,6 +88,7 @@ class VectorsInfo(BaseModel):
     source_cache: str
     source_cache_sha256: str
     identity: Identity
+    manifest_sha256: str = NO_SEAL
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,10 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
         for name, normalized in (("vectors", False), ("normalized_vectors", True)):
             _save_vectors(folder / name, layers, about, normalized)
         info = read_manifest(folder / "normalized_vectors" / _MANIFEST, VectorsInfo)
-        summary = info.model_dump(mode="json", exclude={"normalized", "format", "format_version"})
-        (folder / "run.json").write_bytes(
-            encode_json({"format": "probecache-run", "format_version": 1, **summary})
-        )
+        summary = info.model_dump(mode="json", exclude=_OF_A_FOLDER)
+        about_run = {"format": "probecache-run", "format_version": 1, **summary}
+        files = record_files(folder, but="run.json")
+        (folder / "run.json").write_bytes(seal_json({**about_run, "files": files}))
         flush_folder(folder)
         while True:
             final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
@@ -202,7 +204,7 @@ def _save_vectors(
             file=_save_tensor(folder / f"layer_{layer}.pt", direction),
         )
     info = VectorsInfo.model_validate({**about, "normalized": normalized, "layers": records})
-    (folder / _MANIFEST).write_bytes(encode_json(info.model_dump(mode="json")))
+    (folder / _MANIFEST).write_bytes(seal_json(info.model_dump(mode="json")))
 
 
 def _save_tensor(path: Path, vector: np.ndarray) -> FileRecord:

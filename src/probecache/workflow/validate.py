@@ -30,7 +30,7 @@ from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageE
 from probecache.identity import SCORING, require_same
 from probecache.layers import format_layers
 from probecache.metrics import accuracy_at, auroc
-from probecache.store.seal import encode_json
+from probecache.store.seal import encode_json, record_files, seal_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -149,6 +149,9 @@ def validate(
             from probecache.report import write_report
 
             write_report(folder)
+        # Last, because it records every other file.
+        sealed = seal_json({**summary, "files": record_files(folder, but="summary.json")})
+        (folder / "summary.json").write_bytes(sealed)
         _replace(folder, place)
     files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     positive = vectors.info.positive_class
