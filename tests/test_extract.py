@@ -33,15 +33,18 @@ from transformers import AutoTokenizer
 import probecache
 from probecache.engine import ResidentEngine
 from probecache.errors import (
+    Interrupted,
     MismatchError,
     ModelError,
     NonFiniteError,
     OutputError,
     ProbecacheError,
+    StoreError,
 )
 from probecache.models import ModelSource
 from probecache.progress import Progress
 from probecache.reading import WeightReader
+from probecache.store.journal import find_unfinished
 from probecache.store.writer import CacheWriter
 from probecache.workflow.execution import choose_execution
 from probecache.workflow.running import Run
@@ -555,7 +558,7 @@ def test_a_weight_file_that_is_gone_meanwhile_is_told_as_such(sharded, tmp_path,
         extracted(folder, tmp_path / "here" / "cache", engine="stream")
     assert ".safetensors" in str(caught.value)
     assert "architecture" not in str(caught.value)
-    assert list((tmp_path / "here").iterdir()) == []
+    assert find_unfinished(tmp_path / "here" / "cache").share() > 0
 
 
 # ---------------------------------------------------------------- rows on their way to disk
@@ -626,7 +629,7 @@ def threads():
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", [28, 5])
-def test_errors_of_the_disk_are_told_and_leave_nothing(llama, tmp_path, monkeypatch, way, number):
+def test_errors_of_the_disk_are_told_and_cost_no_rows(llama, tmp_path, monkeypatch, way, number):
     write, calls, before = CacheWriter.write, [], threads()
 
     def full(self, *arguments):
@@ -639,8 +642,20 @@ def test_errors_of_the_disk_are_told_and_leave_nothing(llama, tmp_path, monkeypa
     with pytest.raises((OutputError, OSError), match="the disk says no"):
         extracted(llama, tmp_path / "here" / "cache", batch_tokens=30, **way)
     assert len(calls) == 3
-    assert list((tmp_path / "here").iterdir()) == []
     assert threads() <= before
+    monkeypatch.undo()
+    same_as_without_a_break(llama, tmp_path / "here" / "cache", batch_tokens=30, **way)
+
+
+def same_as_without_a_break(model, output, **options):
+    """Finish what is unfinished; the result must be what a run without any break gives."""
+    with pytest.raises(StoreError, match="has not finished"):
+        probecache.open_cache(output)
+    extracted(model, output, **options)
+    extracted(model, output.with_name("whole"), **options)
+    found, whole = content_of(output), content_of(output.with_name("whole"))
+    assert {n: c for n, (c, _) in found.items()} == {n: c for n, (c, _) in whole.items()}
+    assert {path.name for path in output.parent.iterdir()} == {output.name, "whole"}
 
 
 def interrupt_at_step(number, monkeypatch):
@@ -657,13 +672,37 @@ def interrupt_at_step(number, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_interrupted_run_leaves_neither_threads_nor_files(llama, tmp_path, monkeypatch, way):
-    before = threads()
+def test_an_interrupted_run_says_how_to_go_on_and_leaves_no_threads(
+    llama, tmp_path, monkeypatch, way
+):
+    output, before = tmp_path / "here" / "cache", threads()
     interrupt_at_step(3, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extracted(llama, tmp_path / "here" / "cache", batch_tokens=30, **way)
-    assert list((tmp_path / "here").iterdir()) == []
+    with pytest.raises(Interrupted, match=r"% of the rows on disk .* same command again|no.* kept"):
+        extracted(llama, output, batch_tokens=30, **way)
     assert threads() <= before
+    monkeypatch.undo()
+    if output.exists():
+        same_as_without_a_break(llama, output, batch_tokens=30, **way)
+
+
+def test_what_is_done_is_not_computed_again(llama, tmp_path, monkeypatch):
+    output, steps, attempt = tmp_path / "cache", [], ResidentEngine._attempt
+    options = {"share_prefixes": False, "batch_tokens": 1, "engine": "resident"}
+
+    def seen(self, feed, *arguments):
+        steps.append(feed.prompts)
+        return attempt(self, feed, *arguments)
+
+    interrupt_at_step(5, monkeypatch)
+    with pytest.raises(Interrupted):
+        extracted(llama, output, **options)
+    monkeypatch.undo()
+    done = find_unfinished(output).done()
+    left = {n for n in range(len(RECORDS)) if not all(flags[n] for flags in done.values())}
+    assert 0 < len(left) < len(RECORDS)
+    monkeypatch.setattr(ResidentEngine, "_attempt", seen)
+    extracted(llama, output, **options)
+    assert {n for prompts in steps[2:] for n in prompts} == left  # two are the preflight's
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -674,8 +713,54 @@ def test_an_interrupted_addition_leaves_the_cache_as_it_was(llama, tmp_path, mon
     interrupt_at_step(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         extracted(llama, tmp_path / "cache", layers=[1, 4], **options)
-    assert content_of(cache.path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    monkeypatch.undo()
+    found = content_of(cache.path)
+    assert {n: found[n] for n in before} == before
+    assert all(name.startswith("unfinished/") for name in found.keys() - before.keys())
+    assert probecache.open_cache(cache.path).layers == (2,)
+    added = extracted(llama, tmp_path / "cache", layers=[1, 4], **options)
+    other = extracted(llama, tmp_path / "other", layers=[2], **options)
+    other = extracted(llama, tmp_path / "other", layers=[1, 4], **options)
+    assert added.layers == (1, 2, 4)
+    whole = content_of(other.path)
+    assert {n: c for n, (c, _) in content_of(cache.path).items()} == {
+        n: c for n, (c, _) in whole.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layers": [2]}, "layers 0-4 of the unfinished"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"positions": "last"}, "positions"),
+        ({"system_prompt": "Be brief."}, "system_prompt"),
+    ],
+)
+def test_another_run_does_not_go_on_with_what_is_unfinished(
+    llama, tmp_path, monkeypatch, change, named
+):
+    options = {"batch_tokens": 30, "engine": "resident", **WHOLE}
+    interrupt_at_step(4, monkeypatch)
+    with pytest.raises(Interrupted):
+        extracted(llama, tmp_path / "cache", **options)
+    monkeypatch.undo()
+    before = content_of(tmp_path / "cache")
+    with pytest.raises(MismatchError, match=named) as refused:
+        extracted(llama, tmp_path / "cache", **{**options, **change})
+    assert "unfinished" in str(refused.value)
+    assert content_of(tmp_path / "cache") == before
+
+
+def test_options_that_only_say_how_to_run_may_change_on_the_way(llama, tmp_path, monkeypatch):
+    interrupt_at_step(4, monkeypatch)
+    with pytest.raises(Interrupted):
+        extracted(llama, tmp_path / "cache", batch_tokens=30, engine="resident", **WHOLE)
+    monkeypatch.undo()
+    resumed = extracted(llama, tmp_path / "cache", batch_tokens=20, engine="stream", **WHOLE)
+    whole = extracted(llama, tmp_path / "whole", **WHOLE)
+    for label, layer in product(whole.classes, whole.layers):
+        assert relative_difference(resumed[label, layer], whole[label, layer]) < 1e-5
 
 
 # ---------------------------------------------------------------- the plan

@@ -372,6 +372,8 @@ def open_writer(
         if unfinished is None:
             unfinished = Unfinished(folder, begin())
             unfinished.begin()
+            for inner in (folder.parent, folder.parent.parent):  # where new names are
+                sync_folder(inner)
         writer = CacheWriter(folder, folder.parent, blueprint, extends, unfinished, claim)
         try:
             writer.open_files()
