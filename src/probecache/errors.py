@@ -20,8 +20,11 @@
         └── NoDirectionError     the classes' means are equal
 
 A message says what was expected, what came and what to do, in one line. Errors are raised where
-they are found and caught only in `cli.py`, which prints the line and exits with code 2.
+they are found and caught only in `cli.py`, which prints the line and exits with code 2. Messages
+quote files and models of strangers, so they are made harmless to a terminal as they are raised.
 """
+
+import unicodedata
 
 __all__ = [
     "DataError",
@@ -43,11 +46,20 @@ __all__ = [
     "StoreError",
     "UsageError",
     "one_line",
+    "printable",
 ]
+
+# A message longer than this quotes a text that nobody reads on a terminal.
+_HEAD, _TAIL = 1600, 400
+# Emoji and Persian are joined, or kept apart, by marks of a category that else turns or hides text.
+_JOINERS = "\u200c\u200d"
 
 
 class ProbecacheError(Exception):
     """Root of the tree; catch it to catch whatever probecache refuses."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(ProbecacheError):
@@ -120,6 +132,28 @@ class EmptyClassError(FitError):
 
 class NoDirectionError(FitError):
     """The classes' means are equal, so no direction leads from one to the other."""
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may be given it: what would command it or turn it round is spelt out.
+
+    Control characters, marks of reading direction, line separators and lone surrogates become
+    escapes such as `\\x1b`; of a very long text the middle is left out. Letters of all scripts
+    and emoji stay as they are.
+    """
+    if len(text) > _HEAD + _TAIL:
+        text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
+    return "".join(character if _is_shown(character) else _escape(character) for character in text)
+
+
+def _is_shown(character: str) -> bool:
+    if character.isprintable() or character in _JOINERS:
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    return ascii(character)[1:-1]
 
 
 def one_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from probecache.errors import StoreError
+from probecache.errors import StoreError, printable
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import Cache, open_cache, what_is_at
 from probecache.store.vectors import SavedVectors, load_vectors
@@ -29,7 +29,7 @@ def describe(path: Path) -> list[str]:
             f"{'a folder without their manifests' if path.is_dir() else what_is_at(path)}; "
             "name a folder made by probecache extract or train"
         )
-    return [f"{name:<17} {_printable(value)}" for name, value in lines]
+    return [f"{name:<17} {printable(value)}" for name, value in lines]
 
 
 def _cache(cache: Cache) -> list[tuple[str, str]]:
@@ -83,7 +83,3 @@ def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str,
         ("system prompt", repr(identity.system_prompt) if identity.system_prompt else "none"),
         ("versions", versions),
     ]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
