@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from probecache.errors import ProbecacheError, UsageError
+from probecache.errors import ProbecacheError, UsageError, printable
 from probecache.terminal import (
     print_cache,
     print_plan,
@@ -381,7 +381,7 @@ def make_validation(
     from probecache.make_validation import make_validation as run
 
     made = run(testing, deployment, output, count=count, seed=seed)
-    print(f"Wrote {made} prompts, {made // 2} of each class, to {output}")
+    print(printable(f"Wrote {made} prompts, {made // 2} of each class, to {output}"))
 
 
 @app.command()
@@ -471,7 +471,7 @@ def _run(words: list[str]) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return _REFUSED
 
 

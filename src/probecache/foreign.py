@@ -1,7 +1,7 @@
 """Files and texts of strangers: opened, parsed and shown so that they do no harm.
 
 Guarantees: only regular files are opened, so nothing hangs on a pipe or reads a device without end;
-a text file is read no further than its first NUL byte, so the holes of a sparse file cost nothing;
+a text file is read no further than its first hole, so one that claims a terabyte costs nothing;
 parsing JSON takes at most a few dozen times the memory of the file; a text in a cell of CSV is no
 formula. Text for terminals is made harmless in `errors.printable`. Does not say what a file should
 hold: that is its reader's.
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 22
+_HOLE = bytes(4096)
 # About what Python makes of an object, a list, and a value in one.
 _OBJECT, _LIST, _VALUE = 240, 72, 64
 # Records of the shortest texts come to 20 times their size, a bomb of brackets to 45 and more.
@@ -73,7 +74,7 @@ def _require_regular(mode: int) -> None:
         raise OSError(errno.EINVAL, "Not a regular file but a pipe, a socket or a device")
 
 
-def read_text_bytes(path: Path, most: int | None = None) -> bytes:
+def read_text_bytes(path: Path, most: int | None = None) -> bytes | bytearray:
     """The content of a file that holds text in UTF-8, undecoded.
 
     Args:
@@ -82,19 +83,18 @@ def read_text_bytes(path: Path, most: int | None = None) -> bytes:
 
     Raises:
         OSError: as `open_regular`, or larger than `most`.
-        ValueError: a NUL byte; names its offset.
+        ValueError: a page of zeros, as the holes of a sparse file are; names its place.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise OSError(errno.EFBIG, f"{size} bytes, more than the {most} such a file may have")
-        pieces, offset = [], 0
-        while offset < size and (piece := file.read(min(_CHUNK, size - offset))):
-            if (place := piece.find(b"\0")) >= 0:
-                raise ValueError(f"the byte 0x00 at offset {offset + place}, no text")
-            pieces.append(piece)
-            offset += len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        content = bytearray()
+        while piece := file.read(min(_CHUNK, size - len(content))):
+            if (place := piece.find(_HOLE)) >= 0:
+                raise ValueError(f"nothing but zeros from byte {len(content) + place} on, no text")
+            content += piece
+    return content
 
 
 # ---------------------------------------------------------------- JSON
@@ -161,7 +161,7 @@ def _next_mark(text: str, place: int) -> tuple[int, str]:
     return place, text[place : place + 1]
 
 
-def require_sane_density(content: bytes) -> None:
+def require_sane_density(content: bytes | bytearray) -> None:
     """Raise ValueError if parsing this JSON would take far more memory than its size explains."""
     if len(content) <= _SMALL or _cost(content) <= _MOST_TIMES * len(content):
         return
@@ -170,7 +170,7 @@ def require_sane_density(content: bytes) -> None:
         raise ValueError("too many values for so few bytes")
 
 
-def _cost(content: bytes) -> int:
+def _cost(content: bytes | bytearray) -> int:
     values = content.count(b",") + content.count(b":")
     return _OBJECT * content.count(b"{") + _LIST * content.count(b"[") + _VALUE * values
 

@@ -1,9 +1,14 @@
-"""What a person reads on the terminal when a command is done, or about to start."""
+"""What a person reads on the terminal when a command is done, or about to start.
+
+Guarantee: every line goes through `_say`, so no text of a stranger reaches the terminal as it is.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from probecache.errors import printable
 from probecache.layers import format_layers
 
 if TYPE_CHECKING:
@@ -19,10 +24,12 @@ def print_cache(cache: Cache) -> None:
     """A finished extraction: what the cache holds and what it took."""
     timing = cache.info.timing
     size = sum(record.bytes for record in cache.info.files.values())
-    print(
+    _say(
         f"{cache.path} holds {_count(cache.info.num_examples, 'example')} x "
         f"{_count(len(cache.layers), 'layer')}, "
-        f"{_bytes(size)}\n"
+        f"{_bytes(size)}"
+    )
+    _say(
         f"  load {timing['load_s']:.1f} s, extract {timing['extract_s']:.1f} s, "
         f"write {timing['write_s']:.1f} s, peak memory {_bytes(int(timing['peak_memory']))}"
     )
@@ -31,15 +38,15 @@ def print_cache(cache: Cache) -> None:
 def print_start(planned: Plan) -> None:
     """An extraction about to read weights."""
     if not planned.layers:
-        print(f"Nothing to do: layers {format_layers(planned.cached_layers)} are cached already.")
+        _say(f"Nothing to do: layers {format_layers(planned.cached_layers)} are cached already.")
     else:
-        print(
+        _say(
             f"Extracting layers {format_layers(planned.layers)} of {planned.model} "
             f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
             f"{planned.tokens:,} tokens, positions {planned.positions}; reading "
-            f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}",
-            flush=True,
+            f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}"
         )
+    sys.stdout.flush()
 
 
 def _way(planned: Plan) -> str:
@@ -79,9 +86,9 @@ def print_plan(planned: Plan) -> None:
     if planned.cached_layers:
         lines.append(("already cached", f"layers {format_layers(planned.cached_layers)}"))
     for name, value in lines:
-        print(f"{name:<23} {value}")
+        _say(f"{name:<23} {value}")
     if planned.bytes_total + planned.spill_bytes > planned.bytes_free:
-        print("The disk does not hold this: extract would refuse.")
+        _say("The disk does not hold this: extract would refuse.")
 
 
 def _engine(planned: Plan) -> str:
@@ -100,41 +107,46 @@ def _engine(planned: Plan) -> str:
 def print_vectors(vectors: SavedVectors) -> None:
     """A finished run: a line per layer."""
     info = vectors.info
-    print(
+    _say(
         f"Trained {info.method} at {_count(len(info.layers), 'layer')}: a higher score means "
         f"{info.positive_class} (against {info.negative_class})"
     )
-    print(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
+    _say(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
     for layer, record in sorted(info.layers.items()):
         rows = f"{record.n_positive}/{record.n_negative}"
-        print(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
+        _say(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
     if info.layers_without_direction:
         without = format_layers(info.layers_without_direction)
-        print(f"Note: left out layer {without}, where both classes have the same mean")
-    print(f"Vectors: {vectors.path}")
+        _say(f"Note: left out layer {without}, where both classes have the same mean")
+    _say(f"Vectors: {vectors.path}")
 
 
 def print_validation(result: Validation) -> None:
     """A finished validation: a line per layer, then what to beware of."""
     first = result.layers[0].auroc
-    print(
+    _say(
         f"AUROC per layer, {result.positive_class} counted as positive "
         f"({first.n_positive} against {first.n_negative} prompts)"
     )
-    print(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
+    _say(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
     for layer in result.layers:
         area = layer.auroc
         mark = "  <- best of these" if layer is result.best and len(result.layers) > 1 else ""
-        print(
+        _say(
             f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]   "
             f"{layer.accuracy:>8.3f}{mark}"
         )
     for warning in result.warnings:
-        print(f"Note: {warning}")
-    print(f"Results: {result.path}")
+        _say(f"Note: {warning}")
+    _say(f"Results: {result.path}")
     for name in ("summary.json", "report.html"):
         if result.path / name in result.files:
-            print(f"  {result.path / name}")
+            _say(f"  {result.path / name}")
+
+
+def _say(line: str) -> None:
+    """Print one line; whatever a model, a label or a path would command a terminal is spelt out."""
+    print(printable(line))
 
 
 def _count(number: int, what: str) -> str:
