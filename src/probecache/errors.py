@@ -147,9 +147,9 @@ def printable(text: str) -> str:
 
 
 def _is_shown(character: str) -> bool:
-    if character.isprintable() or character in _JOINERS:
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    # Unassigned ones are not shown either: a newer terminal may know them for commands.
+    spaced = character in _JOINERS or unicodedata.category(character) == "Zs"
+    return character.isprintable() or spaced
 
 
 def _escape(character: str) -> str:
