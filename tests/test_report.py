@@ -536,7 +536,17 @@ DAMAGE = {
         "expected 1 rows of class 'x' .* got 0",
     ),
     "warnings of a wrong kind": (edited(warnings=[1]), "expected a text, got 1"),
-    "NaN": (edited_layer(auroc=float("nan")), "finite number, got nan"),
+    "NaN": (edited_layer(auroc=float("nan")), "NaN is not JSON"),
+    "an infinite number": (
+        rewritten(
+            lambda b: b.replace(b'"threshold": ', b'"threshold": 1e999, "x": '), "summary.json"
+        ),
+        "finite number, got inf",
+    ),
+    "a number of 400 digits": (edited_layer(mean_positive=10**400), "finite number"),
+    "an AUROC above one": (edited_layer(auroc_high=1e300), "from 0 to 1"),
+    "a layer beyond all": (edited_layer(layer=10**300), "layers up to 100000"),
+    "a field twice": (rewritten(lambda b: b'{"format": 1,' + b[1:], "summary.json"), "field twice"),
     "a text for a number": (edited_layer(auroc="0.9"), "finite number"),
     "a layer twice": (edited_layer(layer=4), "twice"),
     "a layer that is a path": (edited_layer(layer="../../x"), "whole number"),

@@ -21,6 +21,7 @@ from probecache.errors import (
     OutputError,
     UsageError,
 )
+from probecache.report.saved import read_validation
 from probecache.workflow.train import train
 from probecache.workflow.validate import require_data, validate
 
@@ -171,18 +172,30 @@ def test_rows_of_two_bytes_a_number_are_scored_at_their_exact_values(
     np.testing.assert_allclose(result.layers[0].scores, expected, rtol=1e-12, atol=1e-14)
 
 
+# What a spreadsheet would run: the file has an apostrophe in front of these, and of no others.
+FORMULAS = [
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2 and @SUM(A1)",
+    "@SUM(A1)",
+    "  =1+1 behind spaces",
+    "\tbehind a tab",
+    "＝1+1 in full width",
+    "'=1+1 quoted already",
+    "\n\nstarts and ends in newlines\n",
+]
 AWKWARD = [
+    *FORMULAS,
     "plain",
+    "-1.5e3",
+    "+7",
+    "'tis no formula",
     "commas, and; semicolons\tand tabs",
     'some "quoted" words, and a lone " too',
     "two\nlines",
     "two\r\nlines of Windows",
     "one\rlone carriage return",
     "ends in a carriage return\r",
-    "\n\nstarts and ends in newlines\n",
-    "=1+1",
-    "+cmd|' /C calc'!A0",
-    "-2 and @SUM(A1)",
     "  spaces on both sides  ",
     "NA",
     "null",
@@ -195,8 +208,10 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("reader", ["pandas", "csv"])
-def test_awkward_texts_are_read_back_exactly(tmp_path, vectors, output, reader):
-    labels = ["testing", "deployment"] * 10
+def test_awkward_texts_are_read_back_exactly_but_for_an_apostrophe_before_formulas(
+    tmp_path, vectors, output, reader
+):
+    labels = ["testing", "deployment"] * 20
     records = [
         {"question": text, "id": f"{place}{text}", "type": label}
         for place, (text, label) in enumerate(zip(AWKWARD, labels, strict=False))
@@ -211,7 +226,12 @@ def test_awkward_texts_are_read_back_exactly(tmp_path, vectors, output, reader):
             header, *rows = csv.reader(file, strict=True)
         assert {len(row) for row in rows} == {len(header)} == {8}
         found = [tuple(row[:3]) for row in rows]
-    assert found == [(record["id"], record["question"], record["type"]) for record in records]
+    assert found == [
+        (r["id"], f"'{r['question']}" if r["question"] in FORMULAS else r["question"], r["type"])
+        for r in records
+    ]
+    questions = read_validation(output).scores[3].questions
+    assert questions == tuple(record["question"] for record in records)
 
 
 def test_awkward_classes_are_read_back_exactly(tmp_path, output):
@@ -219,7 +239,8 @@ def test_awkward_classes_are_read_back_exactly(tmp_path, output):
     cache = write_cache(tmp_path / "c", labelled(*labels), {3: planted(3, labels)})
     run = train(cache, tmp_path / "r", positive_class='a, "b"')
     validate(cache, run, output)
-    assert table_of(output, 3)["type"].tolist() == labels
+    assert table_of(output, 3)["type"].tolist() == ['a, "b"', "c\rd", "'=e\nf"] * 2
+    assert read_validation(output).scores[3].classes == tuple(labels)
     assert summary_of(output)["positive_class"] == 'a, "b"'
     assert summary_of(output)["negative_class"] == "c\rd + =e\nf"
 

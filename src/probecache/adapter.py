@@ -78,6 +78,8 @@ class Adapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = PeftConfig.from_pretrained(str(self.folder))
+                if getattr(config, "megatron_config", None):
+                    raise ValueError("one that names a module to import, megatron_core")
                 for name in settings.keys() & vars(config).keys():
                     setattr(config, name, settings[name])
                 # On the CPU the file is mapped, so what a part of the model lacks is not read.

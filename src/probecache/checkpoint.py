@@ -15,10 +15,12 @@ import re
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, UsageError, one_line
+from probecache.foreign import open_regular, parse_json, read_json, require_sane_density
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,6 +40,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bits of one element, for the dtypes that torch can load.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16}
 _BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+_LONGEST_HEADER = 100_000_000  # that of safetensors itself
 _PIECE, _PIECES = 4 << 10, 8  # of a tensor: little beside what is read to run it
 
 
@@ -290,8 +293,8 @@ def indexed_files(folder: Path) -> dict[str, str] | None:
     if (folder / _SINGLE).is_file() or not index.is_file():
         return None
     try:
-        listed = dict(json.loads(index.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        listed = dict(read_json(index, _LONGEST_HEADER)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"expected a weight_map in {index}, got: {error!r}") from error
     for name in listed.values():
         if not isinstance(name, str) or Path(name).name != name or name == "..":
@@ -306,30 +309,41 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
         ModelError: the file's header is not what it should be.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
+            if length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                yield _checked(name, entry, path, 8 + length, size)
+            content = file.read(length)
+        require_sane_density(content)
+        header = parse_json(content.decode())
+        header.pop("__metadata__", None)
+        tensors = [_checked(name, entry, path, 8 + length, size) for name, entry in header.items()]
+        _require_apart(tensors)
+        yield from tensors
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(struct.error, RecursionError),
+        struct.error,
     ) as error:
         raise ModelError(
             f"expected a safetensors file at {path}, got: {one_line(error)}; download it again"
         ) from error
 
 
+def _require_apart(tensors: list[StoredTensor]) -> None:
+    """Tensors that share bytes would take more memory than the file has."""
+    filled = sorted((tensor for tensor in tensors if tensor.size), key=lambda tensor: tensor.offset)
+    for one, other in pairwise(filled):
+        if one.offset + one.size > other.offset:
+            raise ValueError(f"tensors {one.name} and {other.name} in the same bytes")
+
+
 def _checked(name: str, entry: dict[str, Any], path: Path, data: int, size: int) -> StoredTensor:
     """A header's entry, held against the file's size; `data` is where its tensors begin."""
     (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
-    if not 0 <= start <= stop <= size - data:
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= size - data:
         raise ValueError(f"tensor {name} lies outside the file")
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
+    if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"tensor {name} of shape {shape}")
     tensor = StoredTensor(
         name, str(entry["dtype"]), shape, stop - start, path, data + start, path.name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probecache.errors import Interrupted, ProbecacheError, UsageError
+from probecache.errors import Interrupted, ProbecacheError, UsageError, printable
 from probecache.terminal import (
     print_cache,
     print_plan,
@@ -411,7 +411,7 @@ def make_validation(
     from probecache.make_validation import make_validation as run
 
     made = run(testing, deployment, output, count=count, seed=seed)
-    print(f"Wrote {made} prompts, {made // 2} of each class, to {output}")
+    print(printable(f"Wrote {made} prompts, {made // 2} of each class, to {output}"))
 
 
 @app.command()
@@ -516,12 +516,12 @@ def _stop(number: int, _frame: object) -> None:
 
 
 def _stopped(message: str) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return 128 + (_signals[0] if _signals else signal.SIGINT)
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return _REFUSED
 
 

@@ -19,9 +19,10 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from probecache.errors import DataError
+from probecache.foreign import json_items, parse_json, read_text_bytes, require_sane_density
 from probecache.types import Example, Message
 
 if TYPE_CHECKING:
@@ -140,11 +141,15 @@ def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        content = read_text_bytes(path)
+        if path.suffix.lower() != ".csv":
+            require_sane_density(content)
     except OSError as error:
         raise DataError(
             f"expected a readable data file at {path}, got: {error.strerror}"
         ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: expected text in UTF-8, got {error}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -156,39 +161,50 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse_doubles(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(fields)
-    if len(record) < len(fields):
-        raise ValueError(f"a field twice among {', '.join(name for name, _ in fields)[:200]}")
-    return record
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_doubles)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected valid JSON, got: {error}") from error
-
-
 def _read_json(text: str, path: Path) -> Iterable[tuple[int, Any]]:
-    records = _parse_json(text, str(path))
-    if not isinstance(records, list):
+    if not text.lstrip(" \t\r\n").startswith("["):
+        with _valid_json(str(path)):
+            record = parse_json(text)
         raise DataError(
-            f"{path}: expected a JSON array of records, got {_kind(records)}; "
+            f"{path}: expected a JSON array of records, got {_kind(record)}; "
             "for one record per line name the file .jsonl"
         )
-    return enumerate(records, start=1)
+    return enumerate(_array_items(text, path), start=1)
+
+
+def _array_items(text: str, path: Path) -> Iterator[Any]:
+    items, row = json_items(text), 1
+    while True:
+        with _valid_json(f"{path}, row {row}"):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+        row += 1
 
 
 def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
-    # Not splitlines(): it would also cut at U+2028 and others that JSON strings may hold.
-    for row, line in enumerate(text.split("\n"), start=1):
+    # Not splitlines(): it would also cut at U+2028 and others that JSON strings may hold. And not
+    # split(): of a file of nothing but line ends it would make eight times its size.
+    start, row = 0, 1
+    while start < len(text):
+        stop = text.find("\n", start)
+        stop = len(text) if stop < 0 else stop
+        line = text[start:stop]
         if line.strip():
-            yield row, _parse_json(line, f"{path}, row {row}")
+            with _valid_json(f"{path}, row {row}"):
+                record = parse_json(line)
+            yield row, record
+        start, row = stop + 1, row + 1
+
+
+@contextmanager
+def _valid_json(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{where}: expected valid JSON, got: {error}") from error
 
 
 @contextmanager

@@ -23,8 +23,11 @@
     └── Interrupted              a run was stopped; the message says what is kept and how to go on
 
 A message says what was expected, what came and what to do, in one line. Errors are raised where
-they are found and caught only in `cli.py`, which prints the line and exits with code 2.
+they are found and caught only in `cli.py`, which prints the line and exits with code 2. Messages
+quote files and models of strangers, so they are made harmless to a terminal as they are raised.
 """
+
+import unicodedata
 
 __all__ = [
     "DataError",
@@ -47,11 +50,20 @@ __all__ = [
     "StoreError",
     "UsageError",
     "one_line",
+    "printable",
 ]
+
+# A message longer than this quotes a text that nobody reads on a terminal.
+_HEAD, _TAIL = 1600, 400
+# Emoji and Persian are joined, or kept apart, by marks of a category that else turns or hides text.
+_JOINERS = "\u200c\u200d"
 
 
 class ProbecacheError(Exception):
     """Root of the tree; catch it to catch whatever probecache refuses."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(ProbecacheError):
@@ -128,6 +140,28 @@ class NoDirectionError(FitError):
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped; the message says what is kept and how to go on."""
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may be given it: what would command it or turn it round is spelt out.
+
+    Control characters, marks of reading direction, line separators and lone surrogates become
+    escapes such as `\\x1b`; of a very long text the middle is left out. Letters of all scripts
+    and emoji stay as they are.
+    """
+    if len(text) > _HEAD + _TAIL:
+        text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
+    return "".join(character if _is_shown(character) else _escape(character) for character in text)
+
+
+def _is_shown(character: str) -> bool:
+    # Unassigned ones are not shown either: a newer terminal may know them for commands.
+    spaced = character in _JOINERS or unicodedata.category(character) == "Zs"
+    return character.isprintable() or spaced
+
+
+def _escape(character: str) -> str:
+    return ascii(character)[1:-1]
 
 
 def one_line(error: BaseException) -> str:

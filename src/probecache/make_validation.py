@@ -7,13 +7,13 @@ bytes; both classes have the same count and share no prompt; nothing is appended
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from probecache.atomic import disk_errors_named, write_bytes
 from probecache.errors import DataError, OutputError, UsageError, one_line
+from probecache.foreign import parse_json, read_text_bytes, require_sane_density
 from probecache.store.seal import encode_json
 
 __all__ = ["make_validation"]
@@ -101,11 +101,13 @@ def _input_of(row: dict[str, Any]) -> str:
 
 def _local_rows(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = read_text_bytes(path)
+        require_sane_density(content)
+        text = content.decode("utf-8-sig")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        rows = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+            return [parse_json(line) for line in text.split("\n") if line.strip()]
+        rows = parse_json(text)
+    except (OSError, ValueError) as error:
         raise DataError(f"expected JSON records in {path}, got: {one_line(error)}") from error
     if not isinstance(rows, list):
         raise DataError(f"expected a JSON array in {path}, got {type(rows).__name__}")

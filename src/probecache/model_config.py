@@ -5,6 +5,7 @@ Imports transformers, as `models.py`, `loading.py` and `attention.py` do.
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, one_line
@@ -22,6 +23,11 @@ __all__ = [
 ]
 
 
+# What is read of a folder before its weights; the largest vocabularies have 35 MB.
+_SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_MOST_BYTES = 256 << 20
+
+
 def quiet_transformers() -> None:
     """Drop reports on weights that were left out on purpose."""
     import transformers
@@ -31,14 +37,39 @@ def quiet_transformers() -> None:
 
 
 def read_config(folder: Path, name: str) -> Any:
+    """The config of the model in a folder.
+
+    Raises:
+        ModelError: not a model's folder, or one that is not safe to go on with.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _require_files(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a folder that is no model
         raise ModelError(
             f"expected a Hugging Face model at {name}, got: {one_line(error)}"
         ) from error
+    for part in (config, config.get_text_config()):
+        attention = str(getattr(part, "_attn_implementation", None))
+        if "/" in attention:  # transformers would fetch and run it
+            raise ModelError(
+                f"expected a config without code in {name}, got the attention of the repository "
+                f"{attention}; remove attn_implementation from its config.json"
+            )
+    return config
+
+
+def _require_files(folder: Path) -> None:
+    """Raise ValueError over a file that transformers would read and that has no end."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SETTINGS and path.exists():
+            found = path.stat()
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise ValueError(f"{path.name} is no regular file")
+            if found.st_size > _MOST_BYTES:
+                raise ValueError(f"{path.name} has {found.st_size} bytes, more than {_MOST_BYTES}")
 
 
 def context_length(config: Any) -> int | None:

@@ -1,9 +1,14 @@
-"""What a person reads on the terminal when a command is done, or about to start."""
+"""What a person reads on the terminal when a command is done, or about to start.
+
+Guarantee: every line goes through `_say`, so no text of a stranger reaches the terminal as it is.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from probecache.errors import printable
 from probecache.layers import format_layers
 
 if TYPE_CHECKING:
@@ -27,13 +32,13 @@ __all__ = [
 def print_cache(cache: Cache, took: Took | None) -> None:
     """A finished extraction: what the cache holds and what it took."""
     size = sum(record.bytes for record in cache.info.tensors.values())
-    print(
+    _say(
         f"{cache.path} holds {_count(cache.info.num_examples, 'example')} x "
         f"{_count(len(cache.layers), 'layer')}, "
         f"{_bytes(size)}"
     )
     if took is not None:
-        print(
+        _say(
             f"  load {took.load_s:.1f} s, extract {took.extract_s:.1f} s, "
             f"write {took.write_s:.1f} s, peak memory {_bytes(took.peak_memory)}"
         )
@@ -42,21 +47,20 @@ def print_cache(cache: Cache, took: Took | None) -> None:
 def print_start(planned: Plan) -> None:
     """An extraction about to read weights."""
     if not planned.layers:
-        print(f"Nothing to do: layers {format_layers(planned.cached_layers)} are cached already.")
+        _say(f"Nothing to do: layers {format_layers(planned.cached_layers)} are cached already.")
     else:
-        print(
+        _say(
             f"Extracting layers {format_layers(planned.layers)} of {planned.model} "
             f"({planned.num_hidden_layers} blocks, {planned.dtype}) on {planned.prompts} prompts, "
             f"{planned.tokens:,} tokens, positions {planned.positions}; reading "
-            f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}",
-            flush=True,
+            f"{_bytes(planned.weight_bytes)} of weights{_way(planned)}"
         )
         if planned.done:
-            print(
+            _say(
                 f"Going on with an interrupted extraction: {planned.done:.1%} of the rows are on "
-                "disk",
-                flush=True,
+                "disk"
             )
+    sys.stdout.flush()
 
 
 def _way(planned: Plan) -> str:
@@ -96,9 +100,9 @@ def print_plan(planned: Plan) -> None:
     if planned.cached_layers:
         lines.append(("already cached", f"layers {format_layers(planned.cached_layers)}"))
     for name, value in lines:
-        print(f"{name:<23} {value}")
+        _say(f"{name:<23} {value}")
     if planned.bytes_total + planned.spill_bytes > planned.bytes_free:
-        print("The disk does not hold this: extract would refuse.")
+        _say("The disk does not hold this: extract would refuse.")
 
 
 def _engine(planned: Plan) -> str:
@@ -117,54 +121,59 @@ def _engine(planned: Plan) -> str:
 def print_vectors(vectors: SavedVectors) -> None:
     """A finished run: a line per layer."""
     info = vectors.info
-    print(
+    _say(
         f"Trained {info.method} at {_count(len(info.layers), 'layer')}: a higher score means "
         f"{info.positive_class} (against {info.negative_class})"
     )
-    print(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
+    _say(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
     for layer, record in sorted(info.layers.items()):
         rows = f"{record.n_positive}/{record.n_negative}"
-        print(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
+        _say(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
     if info.layers_without_direction:
         without = format_layers(info.layers_without_direction)
-        print(f"Note: left out layer {without}, where both classes have the same mean")
-    print(f"Vectors: {vectors.path}")
+        _say(f"Note: left out layer {without}, where both classes have the same mean")
+    _say(f"Vectors: {vectors.path}")
 
 
 def print_report(report: Report) -> None:
     """What verifying found: a line per damaged file."""
     for damage in report.damages:
-        print(f"damaged  {damage.file}: {damage.what}")
+        _say(f"damaged  {damage.file}: {damage.what}")
     for note in report.notes:
-        print(f"note     {note}")
+        _say(f"note     {note}")
     read = f"{_count(report.files, 'file')}, {_bytes(report.bytes)}"
     if report.whole:
-        print(f"{report.path} is whole: {read} are as they were written ({report.kind})")
+        _say(f"{report.path} is whole: {read} are as they were written ({report.kind})")
     else:
-        print(f"{report.path} is damaged: {len(report.damages)} of {read} ({report.kind})")
+        _say(f"{report.path} is damaged: {len(report.damages)} of {read} ({report.kind})")
 
 
 def print_validation(result: Validation) -> None:
     """A finished validation: a line per layer, then what to beware of."""
     first = result.layers[0].auroc
-    print(
+    _say(
         f"AUROC per layer, {result.positive_class} counted as positive "
         f"({first.n_positive} against {first.n_negative} prompts)"
     )
-    print(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
+    _say(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
     for layer in result.layers:
         area = layer.auroc
         mark = "  <- best of these" if layer is result.best and len(result.layers) > 1 else ""
-        print(
+        _say(
             f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]   "
             f"{layer.accuracy:>8.3f}{mark}"
         )
     for warning in result.warnings:
-        print(f"Note: {warning}")
-    print(f"Results: {result.path}")
+        _say(f"Note: {warning}")
+    _say(f"Results: {result.path}")
     for name in ("summary.json", "report.html"):
         if result.path / name in result.files:
-            print(f"  {result.path / name}")
+            _say(f"  {result.path / name}")
+
+
+def _say(line: str) -> None:
+    """Print one line; whatever a model, a label or a path would command a terminal is spelt out."""
+    print(printable(line))
 
 
 def _count(number: int, what: str) -> str:

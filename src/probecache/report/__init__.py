@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from probecache.atomic import disk_errors_named, write_bytes
+from probecache.errors import OutputError
 from probecache.report.html import render_page
 from probecache.report.plots import draw_figures
 from probecache.report.saved import read_validation
@@ -37,8 +38,14 @@ def write_report(folder: Path) -> list[Path]:
     page = render_page(validation, figures)
     contents = {folder / "visualizations" / name: data for name, data in figures.items()}
     contents[folder / "report.html"] = page.encode("utf-8")
+    drawings = folder / "visualizations"
+    if drawings.is_symlink():
+        raise OutputError(
+            f"expected {drawings} to be a folder, got a link, and nothing is written through links "
+            "inside a result; remove it"
+        )
     with disk_errors_named(folder):
-        (folder / "visualizations").mkdir(exist_ok=True)
+        drawings.mkdir(exist_ok=True)
         for path, data in contents.items():
             write_bytes(path, data)
     return list(contents)

@@ -10,11 +10,11 @@ them with `shown`.
 from __future__ import annotations
 
 import csv
-import json
-import math
+import io
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from probecache.dataset import unlimited_csv_fields
 from probecache.errors import FitError, StoreError
+from probecache.foreign import csv_text, read_json, read_text_bytes
 from probecache.metrics import auroc
 
 __all__ = ["LayerResult", "LayerScores", "Validation", "read_validation", "shown"]
@@ -46,6 +47,9 @@ TURNING = {"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 AGAIN = "run `probecache validate` again"
 # The report shows three digits, so half of the last one is a difference that a reader could see.
 AUROC_TOLERANCE = 5e-4
+# A summary of a hundred layers has some 50 KB.
+MOST_BYTES = 64 << 20
+DEEPEST = 100_000  # no model has more blocks, and no axis is longer
 
 
 @dataclass(frozen=True)
@@ -158,14 +162,15 @@ def _visible(character: str) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path, MOST_BYTES)
     except FileNotFoundError:
         raise StoreError(
             f"expected a validation folder with summary.json, found none in {path.parent}; "
             "name a folder that `probecache validate` wrote"
         ) from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"expected JSON in {path}, got: {error}; {AGAIN}") from error
+        got = getattr(error, "strerror", None) or error
+        raise StoreError(f"expected JSON in {path}, got: {got}; {AGAIN}") from error
 
 
 @contextmanager
@@ -184,7 +189,8 @@ def _check_format(summary: Any) -> None:
         raise ValueError(f'expected an object with "format": "{FORMAT}"')
     if summary["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"expected format_version {FORMAT_VERSION}, got {summary['format_version']!r}, "
+            f"expected format_version {FORMAT_VERSION}, "
+            f"got {shown(repr(summary['format_version']), 60)}, "
             "written by another version of probecache"
         )
 
@@ -196,27 +202,37 @@ def _layer_results(rows: Any) -> dict[int, LayerResult]:
     by_layer = {result.layer: result for result in sorted(results, key=lambda r: r.layer)}
     if len(by_layer) < len(results):
         raise ValueError("expected every layer once, got one twice")
+    if max(by_layer) > DEEPEST:
+        raise ValueError(f"expected layers up to {DEEPEST}, got {shown(str(max(by_layer)), 60)}")
     return by_layer
 
 
 def _layer_result(row: Any) -> LayerResult:
     return LayerResult(
         layer=_count(row["layer"]),
-        auroc=_number(row["auroc"]),
-        auroc_low=_number(row["auroc_low"]),
-        auroc_high=_number(row["auroc_high"]),
+        auroc=_share(row["auroc"]),
+        auroc_low=_share(row["auroc_low"]),
+        auroc_high=_share(row["auroc_high"]),
         n_positive=_count(row["n_positive"]),
         n_negative=_count(row["n_negative"]),
         mean_positive=_number(row["mean_positive"]),
         mean_negative=_number(row["mean_negative"]),
         threshold=_optional_number(row.get("threshold")),
-        accuracy=_optional_number(row.get("accuracy")),
+        accuracy=None if row.get("accuracy") is None else _share(row["accuracy"]),
     )
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Not math.isfinite: it fails over an integer of hundreds of digits.
+    if not (number and -sys.float_info.max <= value <= sys.float_info.max):
         raise ValueError(f"expected a finite number, got {shown(repr(value), 60)}")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    if not 0 <= _number(value) <= 1:
+        raise ValueError(f"expected a number from 0 to 1, got {shown(repr(value), 60)}")
     return float(value)
 
 
@@ -248,7 +264,10 @@ def _optional_text(value: Any) -> str | None:
 
 def _member(layer: Any, results: dict[int, LayerResult]) -> int:
     if layer not in results:
-        raise ValueError(f"expected best_layer to be one of {list(results)}, got {layer!r}")
+        raise ValueError(
+            f"expected best_layer to be one of {shown(str(list(results)), 120)}, "
+            f"got {shown(repr(layer), 60)}"
+        )
     return _count(layer)
 
 
@@ -264,26 +283,31 @@ def _checked_scores(
 
 
 def _read_scores(path: Path, positive_class: str) -> LayerScores:
-    try:
-        # Lone surrogates cannot be written as UTF-8; the reader must not fall over one either.
-        file = path.open(newline="", encoding="utf-8", errors="surrogatepass")
-    except OSError as error:
-        raise StoreError(f"expected scores in {path}, got: {error.strerror}; {AGAIN}") from error
-    with file, _malformed(path), unlimited_csv_fields():
-        rows = csv.reader(file, strict=True)
-        columns = _columns(next(rows, []))
-        table = [[row[i] for i in columns] for row in rows]
-    return _layer_scores(path, table, positive_class)
-
-
-def _layer_scores(path: Path, table: list[list[str]], positive_class: str) -> LayerScores:
     with _malformed(path):
-        questions, classes, numbers = zip(*table, strict=True) if table else ((), (), ())
-        scores = np.array([float(number) for number in numbers], dtype=np.float64)
+        try:
+            content = io.BytesIO(read_text_bytes(path))
+        except OSError as error:
+            raise StoreError(
+                f"expected scores in {path}, got: {error.strerror}; {AGAIN}"
+            ) from error
+        # Lone surrogates cannot be written as UTF-8; the reader must not fall over one either.
+        lines = io.TextIOWrapper(content, "utf-8", "surrogatepass", newline="")
+        with unlimited_csv_fields():
+            return _layer_scores(lines, positive_class)
+
+
+def _layer_scores(lines: Iterable[str], positive_class: str) -> LayerScores:
+    rows = csv.reader(lines, strict=True)
+    question, name, score = _columns(next(rows, []))
+    questions, classes, scores = [], [], []
+    for row in rows:
+        questions.append(csv_text(row[question]))
+        classes.append(csv_text(row[name]))
+        scores.append(float(row[score]))
     return LayerScores(
-        questions=questions,
-        classes=classes,
-        scores=scores,
+        questions=tuple(questions),
+        classes=tuple(classes),
+        scores=np.array(scores, dtype=np.float64),
         is_positive=np.array([name == positive_class for name in classes], dtype=np.bool_),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
-from probecache.errors import StoreError
+from probecache.errors import StoreError, printable
 from probecache.layers import format_layers
 from probecache.store.journal import Unfinished, find_unfinished
 from probecache.store.layout import LAYER_INFO
@@ -37,7 +37,7 @@ def describe(path: Path) -> list[str]:
         )
     if unfinished is not None:
         lines += _unfinished(unfinished)
-    return [f"{name:<17} {_printable(value)}" for name, value in lines]
+    return [f"{name:<17} {printable(value)}" for name, value in lines]
 
 
 def _unfinished(unfinished: Unfinished) -> list[tuple[str, str]]:
@@ -123,7 +123,3 @@ def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str,
         ("system prompt", repr(identity.system_prompt) if identity.system_prompt else "none"),
         ("versions", versions),
     ]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -7,18 +7,19 @@ hashes are not checked here, that costs a read of everything.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from probecache.dataset import IN_MEMORY
 from probecache.errors import LayerNotCachedError, StoreError, UsageError
+from probecache.foreign import json_items, read_json, read_text_bytes, require_sane_density
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
@@ -29,7 +30,13 @@ from probecache.store.layout import (
     PlainRecord,
     activations_path,
 )
-from probecache.store.tensorfile import as_float32, as_tensor, map_raw, require_size
+from probecache.store.tensorfile import (
+    as_float32,
+    as_tensor,
+    map_raw,
+    require_size,
+    require_tensor_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,11 +46,16 @@ if TYPE_CHECKING:
 
     from probecache.types import Identity
 
-__all__ = ["Cache", "open_cache", "read_manifest", "what_is_at"]
+__all__ = ["WIDEST", "Cache", "open_cache", "read_manifest", "what_is_at"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Rows are turned into float32 this many bytes at a time, whatever the cache's size.
 _CHUNK_BYTES = 64 << 20
+# Of numbers in a row: a row is the least that is read at a time, so a forged one must have an end.
+WIDEST = 1 << 20
+# A manifest of 100 layers and 64 classes has 2 MB; more than 30 times that is no manifest.
+_MOST_BYTES = 64 << 20
+_ENTRY = TypeAdapter(ExampleRecord)
 
 
 @dataclass(frozen=True)
@@ -76,11 +88,7 @@ class Cache:
     @cached_property
     def examples(self) -> tuple[ExampleRecord, ...]:
         """Entries of metadata.json, in data order."""
-        records = _read_json(self.path / METADATA)
-        try:
-            examples = TypeAdapter(tuple[ExampleRecord, ...]).validate_python(records)
-        except ValidationError as error:
-            raise StoreError(_schema_message(self.path / METADATA, error)) from error
+        examples = tuple(_read_examples(self.path / METADATA))
         self._require_whole(examples)
         return examples
 
@@ -216,10 +224,15 @@ def open_cache(path: str | Path) -> Cache:
     for name, record in cache.info.tensors.items():
         if name != TOKENS and name not in _declared(cache.info):
             raise StoreError(f"expected only declared files in {path / LAYER_INFO}, got {name!r}")
-        map_raw(path / name, record)
+        require_tensor_size(path / name, record)
     for name, plain in cache.info.files.items():
         if isinstance(plain, PlainRecord):
             require_size(path / name, plain.bytes)
+    if cache.hidden_size > WIDEST:
+        raise StoreError(
+            f"expected rows of at most {WIDEST} numbers in {path / LAYER_INFO}, got "
+            f"{cache.hidden_size}; no model has wider ones: the cache is damaged"
+        )
     return cache
 
 
@@ -242,23 +255,37 @@ def read_manifest(path: Path, schema: type[_Model]) -> _Model:
     Raises:
         StoreError: missing, not JSON, or not of the schema.
     """
-    content = _read_json(path)
+    with _damaged(path):
+        content = read_json(path, _MOST_BYTES)
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         raise StoreError(_schema_message(path, error)) from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_examples(path: Path) -> Iterator[ExampleRecord]:
+    """Entries one after the other: nothing but entries is ever kept in memory."""
+    with _damaged(path):
+        content = read_text_bytes(path)
+        require_sane_density(content)
+        for place, item in enumerate(json_items(content.decode())):
+            try:
+                yield _ENTRY.validate_python(item)
+            except ValidationError as error:
+                raise StoreError(_schema_message(path, error, place)) from error
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
     try:
-        return json.loads(path.read_bytes())
+        yield
     except OSError as error:
         raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise StoreError(f"expected JSON in {path}, got: {error}; the file is damaged") from error
 
 
-def _schema_message(path: Path, error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"])) or "the whole"
-    return f"expected {path} as probecache writes it, got at {place}: {first['msg']}"
+def _schema_message(path: Path, error: ValidationError, *place: int) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"
+    return f"expected {path} as probecache writes it, got at {where[:200]}: {first['msg']}"

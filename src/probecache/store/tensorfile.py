@@ -14,6 +14,7 @@ import errno
 import math
 import mmap
 import os
+import stat
 import struct
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from probecache.errors import StoreError
+from probecache.foreign import open_regular
 from probecache.types import Dtype
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ __all__ = [
     "lay_down",
     "map_raw",
     "require_size",
+    "require_tensor_size",
     "reserve",
 ]
 
@@ -47,6 +50,8 @@ __all__ = [
 _RAW = {Dtype.FLOAT32: "<f4", Dtype.FLOAT16: "<f2", Dtype.BFLOAT16: "<u2"}
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _DATA_RECORD = "archive/data/0"
+_LONGEST = 1 << 48  # beyond any disk; without a limit an empty tensor could claim any width
+_Whole = Annotated[int, Field(ge=0, strict=True)]
 
 
 class FileRecord(BaseModel):
@@ -54,9 +59,9 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bytes: int = Field(ge=0)
-    offset: int = Field(ge=0)
-    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, max_length=2)
+    bytes: _Whole
+    offset: _Whole
+    shape: tuple[_Whole, ...] = Field(min_length=1, max_length=2)
     dtype: str = Field(pattern=r"^(float32|float16|bfloat16|int32)$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -108,6 +113,34 @@ def data_offset(file: BinaryIO) -> int:
     return int(start + 30 + name_length + extra_length)
 
 
+def require_tensor_size(path: Path, record: FileRecord) -> None:
+    """Raise StoreError unless a regular file of the recorded size is there, and holds the tensor.
+
+    Opens nothing; links are followed.
+    """
+    _require_size(path, record, require_size(path, record.bytes))
+
+
+def require_size(path: Path, size: int) -> int:
+    """Raise StoreError unless a regular file of so many bytes is there; return the size."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise _not_there(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreError(f"expected the file {path}, got something else there: copy it again")
+    if found.st_size != size:
+        raise _cut(path, size, found.st_size)
+    return found.st_size
+
+
+def _cut(path: Path, size: int, actual: int) -> StoreError:
+    return StoreError(
+        f"expected {path} to have {size} bytes, got {actual}; the file was cut or replaced: copy "
+        "it again, or let probecache verify --repair make it again"
+    )
+
+
 def map_raw(path: Path, record: FileRecord) -> np.ndarray:
     """Map the tensor copy-on-write: reading pages in on demand, writing never reaches the file.
 
@@ -117,33 +150,47 @@ def map_raw(path: Path, record: FileRecord) -> np.ndarray:
     Raises:
         StoreError: the file is missing, or its size is not the recorded one.
     """
-    raw = np.dtype("<i4" if record.dtype == "int32" else _RAW[Dtype(record.dtype)])
+    raw = _raw_dtype(record.dtype)
+    try:
+        with open_regular(path) as file:
+            _require_size(path, record, os.fstat(file.fileno()).st_size)
+            count = math.prod(record.shape)
+            if count == 0:
+                return np.empty(record.shape, dtype=raw)
+            # Not NumPy's memmap: the kernel would set aside memory for a whole copy, and refuse
+            # a file that is larger than the machine's.
+            start = record.offset - record.offset % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(
+                file.fileno(),
+                record.offset + count * raw.itemsize - start,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
+            )
+    except (OSError, ValueError) as error:
+        raise _not_there(path, error) from error
+    flat = np.frombuffer(mapped, dtype=raw, count=count, offset=record.offset - start)
+    return flat.reshape(record.shape)
+
+
+def _raw_dtype(dtype: str) -> np.dtype:
+    return np.dtype("<i4" if dtype == "int32" else _RAW[Dtype(dtype)])
+
+
+def _not_there(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"expected the file {path}, got: {getattr(error, 'strerror', None) or error}")
+
+
+def _require_size(path: Path, record: FileRecord, actual: int) -> None:
+    itemsize = _raw_dtype(record.dtype).itemsize
     # Python's own integers: NumPy's would wrap around at sizes that a forged manifest may claim.
-    needed = record.offset + math.prod(record.shape) * raw.itemsize
-    require_size(path, record.bytes, needed)
-    if 0 in record.shape:
-        return np.empty(record.shape, dtype=raw)
-    try:
-        return np.memmap(path, dtype=raw, mode="c", offset=record.offset, shape=record.shape)
-    except OSError as error:
-        raise StoreError(f"expected to read {path}, got: {error.strerror}") from error
-
-
-def require_size(path: Path, size: int, needed: int = 0) -> None:
-    """Raise StoreError unless a file has the recorded size, and room for what is said to be in it.
-
-    Args:
-        size: as recorded.
-        needed: bytes that it has to have at least.
-    """
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise StoreError(f"expected the file {path}, got: {error.strerror}") from error
-    if actual != size or needed > actual:
+    needed = record.offset + math.prod(record.shape) * itemsize
+    if actual != record.bytes or needed > actual:
+        raise _cut(path, max(record.bytes, needed), actual)
+    if record.offset % itemsize or max(record.shape) > _LONGEST:
         raise StoreError(
-            f"expected {path} to have {max(size, needed)} bytes, got {actual}; the file was cut or "
-            "replaced: probecache verify --repair makes it again, or copy the cache again"
+            f"expected rows of {path} where a .pt has them, got the shape {list(record.shape)} at "
+            f"offset {record.offset}; the manifest is damaged: copy it again"
         )
 
 

@@ -30,7 +30,7 @@ from probecache.atomic import (
     temporary_sibling,
 )
 from probecache.errors import StoreError
-from probecache.store.reader import read_manifest
+from probecache.store.reader import WIDEST, read_manifest
 from probecache.store.seal import NO_SEAL, record_files, seal_json
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
@@ -51,6 +51,8 @@ __all__ = [
 
 _MANIFEST = "vectors.json"
 _OF_A_FOLDER = {"normalized", "format", "format_version", "manifest_sha256"}
+# What a .pt may hold around its one vector; torch.save writes some 2 KB.
+_MOST_AROUND = 1 << 20
 
 
 class LayerRecord(BaseModel):
@@ -125,6 +127,11 @@ def load_vectors(path: str | Path) -> SavedVectors:
             "as written by probecache train"
         )
     info = read_manifest(path / _MANIFEST, VectorsInfo)
+    if info.hidden_size > WIDEST:
+        raise StoreError(
+            f"expected vectors of at most {WIDEST} numbers in {path / _MANIFEST}, got "
+            f"{info.hidden_size}; no model has wider ones: the run is damaged"
+        )
     directions = {layer: _load(path, layer, info) for layer in sorted(info.layers)}
     return SavedVectors(path, info, directions)
 
@@ -135,6 +142,11 @@ def _load(path: Path, layer: int, info: VectorsInfo) -> np.ndarray:
         raise StoreError(
             f"expected {path / _MANIFEST} to record float32 [{info.hidden_size}] for layer {layer},"
             f" got {record.dtype} {list(record.shape)}"
+        )
+    if record.bytes > 4 * info.hidden_size + _MOST_AROUND:
+        raise StoreError(
+            f"expected {path / _MANIFEST} to record a file of one vector for layer {layer}, got "
+            f"one of {record.bytes} bytes; train again"
         )
     direction = map_raw(file, record)
     if sha256_of_file(file) != record.sha256:

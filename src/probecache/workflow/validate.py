@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from probecache.atomic import (
     temporary_sibling,
 )
 from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageError
+from probecache.foreign import csv_cell, read_json
 from probecache.identity import SCORING, require_same
 from probecache.layers import format_layers
 from probecache.metrics import accuracy_at, auroc
@@ -56,6 +56,7 @@ _OURS = re.compile(
     r"probe_stats_layer\d+\.csv|summary\.(json|csv)|report\.html|"
     r"visualizations(/(roc_curves|auroc_by_layer|score_distributions)\.(png|svg))?"
 )
+_MOST_BYTES = 64 << 20  # of a summary, far above any
 # A threshold that leaves less than this share on one side has not carried over.
 _ONE_SIDE = 0.05
 _STATS = ("mean_score", "max_score", "min_score", "std_score")
@@ -242,7 +243,7 @@ def require_output(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = json.loads((output / "summary.json").read_bytes())["format"] == _FORMAT
+        ours = read_json(output / "summary.json", _MOST_BYTES)["format"] == _FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -406,7 +407,7 @@ def _stats_csv(cache: Cache, stats: dict[str, np.ndarray]) -> bytes:
     header = ["question_id", "question", "type", *_STATS, "n_tokens"]
     columns = [stats[name].tolist() for name in _STATS]
     rows = [
-        [record.id, record.question, record.label, *scores, record.n_tokens]
+        [*map(csv_cell, (record.id, record.question, record.label)), *scores, record.n_tokens]
         for record, *scores in zip(cache.examples, *columns, strict=True)
     ]
     return _csv(header, rows)
