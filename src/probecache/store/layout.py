@@ -94,6 +94,7 @@ class Origin(BaseModel):
     data: str
     adapter: str | None = None
     truncate: bool = False
+    allowed_mismatch: list[str] = Field(default_factory=list)
 
 
 class LayerInfo(BaseModel):
@@ -261,9 +262,10 @@ class Blueprint:
 
         The same before the weights are known and after.
         """
-        unknown = dict.fromkeys(self.layers, "0" * 64)
+        samples = dict.fromkeys(self.layers, "0" * 64)
+        weights = dict.fromkeys(range(max(self.layers) + 1), "0" * 64)
         draft = self.manifest(
-            replace(identity, attention="", weights=unknown),
+            replace(identity, attention="", weights=weights, weight_samples=samples),
             created="",
             timing={},
             non_finite={},

@@ -86,6 +86,7 @@ class VectorsInfo(BaseModel):
     layers_without_direction: list[int] = Field(default_factory=list)
     source_cache: str
     source_cache_sha256: str
+    allowed_mismatch: list[str] = Field(default_factory=list)
     identity: Identity
 
 

@@ -33,6 +33,7 @@ from probecache.atomic import (
     write_bytes,
 )
 from probecache.errors import OutputError
+from probecache.identity import merged_weights
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
@@ -203,14 +204,19 @@ class CacheWriter:
 
 
 def _merged(old: LayerInfo, new: LayerInfo) -> LayerInfo:
-    """The manifest of a cache that gains layers."""
-    weights = {**old.identity.weights, **new.identity.weights}
+    """The manifest of a cache that gains layers; where they differ, the cache's own stays."""
+    a, b = old.identity, new.identity
+    identity = replace(
+        a,
+        weights=merged_weights(a.weights, b.weights, old.layers, new.layers),
+        weight_samples=merged_weights(a.weight_samples, b.weight_samples, old.layers, new.layers),
+    )
     return new.model_copy(
         update={
             "layers": sorted({*old.layers, *new.layers}),
             "files": {**old.files, **new.files},
             "non_finite": {**old.non_finite, **new.non_finite},
-            "identity": replace(new.identity, weights=weights),
+            "identity": identity,
         }
     )
 

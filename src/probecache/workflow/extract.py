@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probecache.atomic import real_path, require_place
+from probecache.content import weights_content
 from probecache.engine import release_memory
 from probecache.errors import ModelError, NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
@@ -26,7 +27,7 @@ from probecache.progress import Progress
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer, require_free_layers
 from probecache.types import Identity, Positions
-from probecache.workflow.execution import Passage
+from probecache.workflow.execution import EngineName, Passage
 from probecache.workflow.pipe import Pipe
 from probecache.workflow.prepare import (
     ExtractRequest,
@@ -59,8 +60,8 @@ def extract(
         request: what to extract.
         output: the cache's folder: nothing, an empty folder, or a cache of the same identity.
         announce: told the plan before any weight is read.
-        accept: told identity and classes before the model is loaded; raises to refuse them. It is
-            asked twice: before anything of the weights is looked at, and when they are known.
+        accept: told identity and classes; raises to refuse them. It is asked before anything of the
+            weights is looked at, when samples of them are known, and when they have been read.
 
     Returns:
         The finished cache, opened.
@@ -71,7 +72,7 @@ def extract(
     """
     output = Path(output)
     existing = existing_cache(output)
-    prepared = prepare(request)
+    prepared = prepare(request, existing.identity if existing else None)
     blueprint = missing(prepared.blueprint, existing)
     planned = work_out(prepared, existing, blueprint, output)
     _require_all(prepared.identity, prepared, existing, accept)
@@ -86,11 +87,14 @@ def extract(
     identity = _with_weights(prepared, existing)
     _require_all(identity, prepared, existing, accept)
     if not blueprint.layers:
+        identity = _with_content(identity, prepared, max(prepared.layers), {})
+        _require_all(identity, prepared, existing, accept)
         return open_cache(output)
 
     with open_writer(output, blueprint, existing.info if existing else None) as writer:
-        filling = _Filling(writer, prepared, planned, existing)
+        filling = _Filling(writer, prepared, planned, existing, accept)
         identity = filling.fill(identity)
+        _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
         writer.commit(identity, filling.timing(), dict(filling.non_finite), filling.execution())
     return open_cache(output)
 
@@ -103,23 +107,32 @@ def _require_all(
     prepared: Preparation,
     existing: Cache | None,
     accept: Callable[[Identity, Sequence[str]], None] | None,
-) -> None:
-    """Ask everyone who may refuse these numbers before they are made."""
-    if existing is not None:
-        # Attention is known only once the model is loaded; all else is compared before that.
-        _require_same_cache(existing, replace(identity, attention=existing.identity.attention))
+) -> list[str]:
+    """Ask everyone who may refuse these numbers; returns the differences that are allowed."""
     if accept is not None:
         accept(identity, prepared.dataset.labels)
+    if existing is None:
+        return []
+    return _require_same_cache(existing, identity, prepared.request.allow_mismatch)
 
 
-def _require_same_cache(existing: Cache, identity: Identity) -> None:
-    require_same(
+def _require_same_cache(existing: Cache, identity: Identity, allowed: Sequence[str]) -> list[str]:
+    return require_same(
         existing.identity,
         identity,
         EXTENDING,
         what=f"Cache {existing.path} and this run",
+        allowed=allowed,
         remedy="ask for the same again, or extract into another --output",
     )
+
+
+def _note_allowed(writer: CacheWriter, existing: Cache | None, allowed: Sequence[str]) -> None:
+    """Put the differences that were allowed, now and before, into the manifest to be written."""
+    before = existing.info.origin.allowed_mismatch if existing else []
+    noted = list(dict.fromkeys([*before, *allowed]))
+    origin = writer.blueprint.origin.model_copy(update={"allowed_mismatch": noted})
+    writer.blueprint = replace(writer.blueprint, origin=origin)
 
 
 def _require_room(planned: Plan) -> None:
@@ -134,8 +147,15 @@ def _require_room(planned: Plan) -> None:
 
 def _with_weights(prepared: Preparation, existing: Cache | None) -> Identity:
     layers = {*prepared.layers, *(existing.layers if existing else ())}
-    prints = prepared.source.weights_fingerprints(tuple(sorted(layers)))
-    return replace(prepared.identity, weights=prints)
+    samples = prepared.source.weight_samples(tuple(sorted(layers)))
+    return replace(prepared.identity, weight_samples=samples)
+
+
+def _with_content(
+    identity: Identity, prepared: Preparation, depth: int, known: Mapping[int, str]
+) -> Identity:
+    content = weights_content(prepared.source, depth, known, quiet=prepared.request.quiet)
+    return replace(identity, weights={**identity.weights, **content})
 
 
 # ---------------------------------------------------------------- the run
@@ -145,9 +165,15 @@ class _Filling:
     """Puts every row into a writer: one passage through the model after the other."""
 
     def __init__(
-        self, writer: CacheWriter, prepared: Preparation, planned: Plan, existing: Cache | None
+        self,
+        writer: CacheWriter,
+        prepared: Preparation,
+        planned: Plan,
+        existing: Cache | None,
+        accept: Callable[[Identity, Sequence[str]], None] | None,
     ) -> None:
         assert planned.execution is not None
+        self._accept = accept
         self._writer, self._prepared, self._planned = writer, prepared, planned
         self._existing, self._execution = existing, planned.execution
         self.non_finite: Counter[int] = Counter()
@@ -192,11 +218,21 @@ class _Filling:
         model = run.load()
         self._seconds["load_s"] += time.perf_counter() - started
         identity = replace(identity, attention=model.attention)
-        if self._existing is not None:
-            _require_same_cache(self._existing, identity)
+        streamed = self._execution.engine is EngineName.STREAM
+        if not streamed:  # what has been read may be refused before anything is computed
+            identity = self._checked(identity, passage)
         run.prepare()
         self._run(run)
+        if streamed:
+            identity = self._checked(identity, passage)
         self._peak = max(self._peak, _peak_memory(model))
+        return identity
+
+    def _checked(self, identity: Identity, passage: Passage) -> Identity:
+        """The identity with the weights that a passage has read, refused where they differ."""
+        known = self._existing.identity.weights if self._existing and passage.cached else {}
+        identity = _with_content(identity, self._prepared, passage.layers[-1], known)
+        _require_all(identity, self._prepared, self._existing, self._accept)
         return identity
 
     def _run(self, run: Run) -> None:
