@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, no hub, and models that the tests make."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -8,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two test runs on two cores spin on each other's threads; tiny models gain nothing from a second.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What tests learn of their models is no business of the user's.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="probecache-tests-")
 
 
 @pytest.fixture(scope="module")

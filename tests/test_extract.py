@@ -391,9 +391,9 @@ def test_weights_of_lower_blocks_need_not_be_there(sharded, tmp_path, monkeypatc
     folder = shutil.copytree(sharded, tmp_path / "model")
     once = extracted(folder, tmp_path / "once", layers=[2, 4], engine=engine, **WHOLE)
     cache = extracted(folder, tmp_path / "grown", layers=[2], engine=engine, **WHOLE)
-    # What tells models apart looks at all blocks below; here it is believed.
-    prints = dict(once.identity.weights)
-    monkeypatch.setattr(ModelSource, "weights_fingerprints", lambda *_: prints)
+    # Samples are looked for in all blocks below; here they are believed.
+    prints = dict(once.identity.weight_samples)
+    monkeypatch.setattr(ModelSource, "weight_samples", lambda *_: prints)
     shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     lower = (".layers.0.", ".layers.1.")
     needed = {file for name, file in shards.items() if not any(word in name for word in lower)}

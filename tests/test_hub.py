@@ -150,7 +150,7 @@ def test_a_plan_fetches_no_weights(remote: Remote) -> None:
 
 
 def test_only_files_with_needed_weights_are_fetched(remote: Remote) -> None:
-    source().weights_fingerprints((0, 1))
+    source().weight_samples((0, 1))
     needed = remote.holding("embed_tokens", "model.norm", "layers.0.")
     assert set(remote.weights) == needed
     assert needed < {file.name for file in remote.files.glob("*.safetensors")}
@@ -195,19 +195,19 @@ def test_a_block_is_fetched_when_it_is_read(remote: Remote) -> None:
 
 def test_fingerprints_do_not_depend_on_what_else_is_here(remote: Remote) -> None:
     layers = tuple(range(3))
-    shallow = source().weights_fingerprints(layers)
+    shallow = source().weight_samples(layers)
     local = open_model(ModelOptions(str(remote.files)))
-    assert shallow == local.weights_fingerprints(layers)
+    assert shallow == local.weight_samples(layers)
     source().load(BLOCKS)
-    assert source().weights_fingerprints(layers) == shallow
+    assert source().weight_samples(layers) == shallow
 
 
 def test_weights_that_are_here_need_no_network(remote: Remote) -> None:
-    expected = source().weights_fingerprints((1, 2))
+    expected = source().weight_samples((1, 2))
     headers = remote.asked_headers
     remote.online = False
     again = source()
-    assert again.weights_fingerprints((1, 2)) == expected
+    assert again.weight_samples((1, 2)) == expected
     assert again.weight_bytes(2) == open_model(ModelOptions(str(remote.files))).weight_bytes(2)
     assert again.load(2).depth == 2
     assert remote.asked_headers == headers
@@ -223,6 +223,6 @@ def test_a_model_in_one_file_is_fetched_whole(remote: Remote) -> None:
     local = open_model(ModelOptions(str(remote.files), device="cpu"))
     assert one.weight_bytes(1) == local.weight_bytes(1)
     assert remote.weights == []
-    assert one.weights_fingerprints((0, 2)) == local.weights_fingerprints((0, 2))
+    assert one.weight_samples((0, 2)) == local.weight_samples((0, 2))
     assert remote.weights == ["model.safetensors"]
     assert one.load(2).depth == 2

@@ -8,15 +8,24 @@ import pytest
 from synthetic import IDENTITY
 
 from probecache.errors import MismatchError, UsageError
-from probecache.identity import EXTENDING, SCORING, require_same
+from probecache.identity import EXTENDING, SCORING, merged_weights, require_same
 from probecache.types import Identity
 
-HERE = replace(IDENTITY, weights={0: "a", 10: "b", 20: "c"})
+HERE = replace(
+    IDENTITY,
+    weights={0: "a", 10: "b", 20: "c"},
+    weight_samples={0: "as", 20: "cs"},
+    positions="all",
+)
+NEVER = {"hidden_size"}  # no flag makes rows of two widths fit
+NEVER_EXTENDING = NEVER | {
+    *("num_hidden_layers", "dtype", "data", "token_ids", "positions", "layer_convention"),
+}
 
 
 def other(name):
     value = getattr(HERE, name)
-    if name == "weights":
+    if name in ("weights", "weight_samples"):
         return {**value, 20: "other"}
     if isinstance(value, dict):
         return {**value, "more": "1"}
@@ -31,17 +40,67 @@ def test_scoring_needs_every_field_that_decides_what_a_direction_means(name):
     message = str(caught.value)
     assert message.startswith("Vectors V and cache C do not belong together")
     assert f"{name}: expected" in message
-    assert f"--allow-mismatch {name}" in message
-    require_same(HERE, there, SCORING, what="", allowed=[name])
+    assert (f"--allow-mismatch {name}" in message) == (name not in NEVER)
+    if name in NEVER:
+        assert f"{name} cannot be allowed: rows" in message
+        with pytest.raises(MismatchError, match=f"{name}: expected"):
+            require_same(HERE, there, SCORING, what="", allowed=[name])
+        return
+    [told] = require_same(HERE, there, SCORING, what="", allowed=[name])
+    assert told.startswith(f"{name}: expected ")
+    assert told in message
 
 
-@pytest.mark.parametrize("name", sorted({f.name for f in fields(Identity)} - set(SCORING)))
+@pytest.mark.parametrize("name", EXTENDING)
+def test_adding_layers_needs_every_field_and_some_cannot_be_allowed(name):
+    there = replace(HERE, **{name: other(name)})
+    with pytest.raises(MismatchError, match=f"{name}: expected") as caught:
+        require_same(HERE, there, EXTENDING, what="")
+    assert (f"{name} cannot be allowed" in str(caught.value)) == (name in NEVER_EXTENDING)
+    if name in NEVER_EXTENDING:
+        with pytest.raises(MismatchError, match=f"{name} cannot be allowed"):
+            require_same(HERE, there, EXTENDING, what="", allowed=[name])
+    else:
+        assert len(require_same(HERE, there, EXTENDING, what="", allowed=[name])) == 1
+
+
+@pytest.mark.parametrize("name", ["model", "revision", "data", "token_ids", "positions"])
 def test_scoring_takes_other_data_and_positions(name):
-    require_same(HERE, replace(HERE, **{name: other(name)}), SCORING, what="")
+    assert require_same(HERE, replace(HERE, **{name: other(name)}), SCORING, what="") == []
 
 
 def test_adding_layers_needs_all_but_where_the_weights_came_from():
-    assert set(EXTENDING) == {f.name for f in fields(Identity)} - {"model", "revision"}
+    compared = {f.name for f in fields(Identity)} - {"model", "revision"}
+    assert {*EXTENDING, "weight_samples"} == compared
+
+
+@pytest.mark.parametrize("compared", [EXTENDING, SCORING])
+def test_samples_of_weights_are_told_as_weights(compared):
+    there = replace(HERE, weights={}, weight_samples=other("weight_samples"))
+    with pytest.raises(MismatchError, match=r"weights: expected \{20: 'cs'\}, got \{20: 'other'\}"):
+        require_same(HERE, there, compared, what="")
+
+
+def test_special_tokens_count_not_where_one_side_keeps_a_last_token():
+    last = replace(HERE, positions="last", special_tokens_kept=True)
+    assert require_same(last, HERE, SCORING, what="") == []
+    with pytest.raises(MismatchError, match="special_tokens_kept"):
+        require_same(replace(last, positions="mean"), HERE, SCORING, what="")
+
+
+def test_another_date_is_refused_with_the_option_that_mends_it():
+    monday = replace(HERE, template_date="2026-11-23")
+    tuesday = replace(HERE, template_date="2026-11-24")
+    with pytest.raises(MismatchError, match=r"--template-date 2026-11-23\)"):
+        require_same(monday, tuesday, SCORING, what="")
+
+
+def test_a_layer_keeps_the_name_of_the_weights_that_made_it():
+    old, new = {0: "a", 1: "b", 2: "c", 3: "d"}, {0: "a", 1: "B", 2: "C", 4: "E"}
+    merged = merged_weights(old, new, cached=[1, 3], added=[2, 4])
+    assert merged == {0: "a", 1: "b", 2: "C", 3: "d", 4: "E"}
+    # Layer 1 lies between them, and is of one model or of the other.
+    assert merged_weights(old, new, cached=[3], added=[2]) == {0: "a", 2: "C", 3: "d", 4: "E"}
 
 
 def test_every_difference_is_shown_at_once():
@@ -61,5 +120,5 @@ def test_weights_are_compared_on_the_layers_that_both_know():
 
 
 def test_a_field_that_does_not_exist_cannot_be_allowed():
-    with pytest.raises(UsageError, match=r"one of layer_convention, .*got 'colour'"):
+    with pytest.raises(UsageError, match=r"one of weights, .*got 'colour'"):
         require_same(HERE, HERE, SCORING, what="", allowed=["dtype", "colour"])

@@ -165,27 +165,27 @@ def test_shards_without_needed_weights_are_never_read_from_disk(tmp_path):
 
 
 def test_a_moved_folder_keeps_its_fingerprints(llama, tmp_path):
-    assert source_of(copied(llama, tmp_path)).weights_fingerprints(LAYERS) == source_of(
+    assert source_of(copied(llama, tmp_path)).weight_samples(LAYERS) == source_of(
         llama
-    ).weights_fingerprints(LAYERS)
+    ).weight_samples(LAYERS)
 
 
 def test_resharding_keeps_the_fingerprints(llama, sharded):
-    found = source_of(sharded).weights_fingerprints(LAYERS)
-    assert found == source_of(llama).weights_fingerprints(LAYERS)
+    found = source_of(sharded).weight_samples(LAYERS)
+    assert found == source_of(llama).weight_samples(LAYERS)
 
 
 def test_fingerprints_of_one_layer_do_not_depend_on_which_others_are_asked_for(llama):
-    every = source_of(llama).weights_fingerprints(LAYERS)
-    assert source_of(llama).weights_fingerprints((0, 2)) == {0: every[0], 2: every[2]}
+    every = source_of(llama).weight_samples(LAYERS)
+    assert source_of(llama).weight_samples((0, 2)) == {0: every[0], 2: every[2]}
     assert len(set(every.values())) == len(LAYERS)
 
 
 def changed_layers(folder, tmp_path, tensor):
     changed = copied(folder, tmp_path)
     nudge(changed, tensor)
-    before = source_of(folder).weights_fingerprints(LAYERS)
-    after = source_of(changed).weights_fingerprints(LAYERS)
+    before = source_of(folder).weight_samples(LAYERS)
+    after = source_of(changed).weight_samples(LAYERS)
     return [layer for layer in LAYERS if before[layer] != after[layer]]
 
 
@@ -240,9 +240,7 @@ def test_the_file_that_is_fingerprinted_is_the_file_that_is_loaded(sharded, tmp_
     shutil.copy(other / "model.safetensors", both)
     loaded = source_of(both).load(1).model.state_dict()["embed_tokens.weight"]
     assert torch.equal(loaded, load_file(other / "model.safetensors")["model.embed_tokens.weight"])
-    assert source_of(both).weights_fingerprints(LAYERS) == source_of(other).weights_fingerprints(
-        LAYERS
-    )
+    assert source_of(both).weight_samples(LAYERS) == source_of(other).weight_samples(LAYERS)
 
 
 # ---------------------------------------------------------------- what is refused

@@ -481,6 +481,10 @@ FIELDS = {
     "dtype": "bfloat16",
     "tokenizer": "9" * 64,
     "chat_template": None,
+    "template_date": "2026-01-31",
+    "attention": "sdpa",
+    "versions": {"probecache": "9"},
+    "special_tokens_kept": True,
     "system_prompt": "You are an assistant.",
     "layer_convention": "layer L = residual stream before block L",
 }
@@ -497,6 +501,9 @@ def test_a_cache_made_otherwise_is_refused_until_that_is_allowed(tmp_path, vecto
     assert message.count("--allow-mismatch") == 1
     refused(MismatchError, cache, vectors, output, allow_mismatch=["hidden_size"])
     result = validate(cache, vectors, output, allow_mismatch=[name])
+    assert result.warnings[0].startswith(f"Scored across a difference in {name}: expected ")
+    [told] = json.loads((output / "summary.json").read_text())["allowed_mismatch"]
+    assert f"{told}." in result.warnings[0]
     np.testing.assert_allclose(
         result.layers[0].scores, np.concatenate(scores_of(cache, vectors, 3)), rtol=1e-12
     )
@@ -512,16 +519,15 @@ def test_every_difference_must_be_allowed(tmp_path, vectors, output):
     validate(cache, vectors, output, allow_mismatch=different)
 
 
-def test_other_data_positions_and_attention_are_no_mismatch(tmp_path, vectors, output):
+def test_other_data_and_positions_are_no_mismatch(tmp_path, vectors, output):
     cache = write_cache(
         tmp_path / "c",
         RECORDS,
         {3: planted(3, tokens=TOKENS), 8: planted(8, tokens=TOKENS)},
         tokens=TOKENS,
         positions="all",
-        attention="sdpa",
         token_ids="3" * 64,
-        versions={"probecache": "9"},
+        special_tokens_kept=True,
     )
     assert validate(cache, vectors, output).path == output
 

@@ -61,6 +61,8 @@ def extract(
     memory: int | str | None = None,
     share_prefixes: bool = True,
     allow_nonfinite: bool = False,
+    template_date: str | None = None,
+    allow_mismatch: Collection[str] = (),
     quiet: bool = False,
     announce: Callable[[Plan], None] | None = None,
     finished: Callable[[Took], None] | None = None,
@@ -89,6 +91,9 @@ def extract(
             CUDA device. None: what there is.
         share_prefixes: compute once what prompts begin with alike; False: padded batches.
         allow_nonfinite: keep NaN and Inf, counted, instead of stopping.
+        template_date: "2026-01-31": what a chat template is told that asks for today's date; None:
+            that of the cache that gains layers, else today.
+        allow_mismatch: identity fields in which the run may differ from the cache it adds to.
         quiet: no progress on stderr.
         announce: told the plan before any weight is read.
         finished: told the seconds and the memory that the run took.
@@ -119,6 +124,8 @@ def extract(
         memory=memory,
         share_prefixes=share_prefixes,
         allow_nonfinite=allow_nonfinite,
+        template_date=template_date,
+        allow_mismatch=allow_mismatch,
         quiet=quiet,
     )
     from probecache.workflow.extract import extract as run
@@ -209,14 +216,14 @@ def validate(
         layers: which of the vectors' layers; None: all.
         visualize: plots and report.html too.
         allow_mismatch: identity fields in which vectors and cache may differ.
-        extraction: with `model`: further arguments of `extract`; dtype, system prompt and chat
-            template are by default those that the vectors were made with.
+        extraction: with `model`: further arguments of `extract`; dtype, system prompt, chat
+            template and the date it is told are by default those that the vectors were made with.
 
     Raises:
         ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
     """
     loaded = vectors if isinstance(vectors, SavedVectors) else load_vectors(vectors)
-    allowed = [allow_mismatch] if isinstance(allow_mismatch, str) else allow_mismatch
+    allowed = _fields(allow_mismatch)
     scored: tuple[int, ...] = ()
     if model is not None:
         given = {name: value for name, value in extraction.items() if value is not None}
@@ -261,8 +268,11 @@ def _request(
     batch_tokens: int | None = None,
     engine: str | None = None,
     memory: int | str | None = None,
+    template_date: str | None = None,
+    allow_mismatch: Collection[str] = (),
     **run: Any,
 ) -> ExtractRequest:
+    from probecache.dates import parse_date
     from probecache.memory import parse_bytes
     from probecache.models import ModelOptions
     from probecache.prompts import PromptOptions
@@ -288,12 +298,18 @@ def _request(
             chat_template=chat_template,
             keep_special_tokens=keep_special_tokens,
             truncate=truncate,
+            template_date=None if template_date is None else parse_date(template_date),
         ),
+        allow_mismatch=_fields(allow_mismatch),
         batch_tokens=batch_tokens,
         engine=_choice(EngineName, engine, "engine") or EngineName.AUTO,
         memory=None if memory is None else parse_bytes(memory),
         **run,
     )
+
+
+def _fields(names: Collection[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _choice(kind: Any, value: str | None, name: str) -> Any:
@@ -381,4 +397,5 @@ def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
         "dtype": identity.dtype,
         "system_prompt": identity.system_prompt,
         "chat_template": identity.chat_template is not None,
+        "default_date": identity.template_date,
     }

@@ -32,6 +32,7 @@ __all__ = [
     "folder_of",
     "hub_tensors",
     "indexed_files",
+    "is_final_norm",
     "read_header",
     "weight_files",
 ]
@@ -193,12 +194,13 @@ class Weights:
     def _on_hub(self) -> dict[str, StoredTensor]:
         return {tensor.name: tensor for tensor in hub_tensors(*self.hub)} if self.hub else {}
 
-    def fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
-        """For each layer, a hash of the embeddings and of all blocks below it.
+    def samples(self, layers: tuple[int, ...]) -> dict[int, str]:
+        """For each layer, a hash of samples of the embeddings and of all blocks below it.
 
         Tensors up to 32 KB are hashed whole, larger ones at eight places of 4 KB each, together
         with names, shapes and dtypes. Two trainings differ everywhere, so this tells them apart
-        without reading 140 GB a second time; a forged single weight it may miss.
+        before any weight is loaded; a forged single weight it may miss, which is found when the
+        weights are read (`content.py`).
         """
         by_block: dict[int, list[StoredTensor]] = {}
         for tensor in self.needed(range(max(layers))):
@@ -207,14 +209,14 @@ class Weights:
         running, found = hashlib.sha256(), {}
         for depth in range(max(layers) + 1):
             for tensor in sorted(by_block.get(depth - 1, []), key=lambda t: t.name):
-                if depth or not _is_final_norm(tensor.name):
+                if depth or not is_final_norm(tensor.name):
                     running.update(tensor.sample())
             if depth in layers:
                 found[depth] = running.hexdigest()
         return found
 
 
-def _is_final_norm(name: str) -> bool:
+def is_final_norm(name: str) -> bool:
     """A final norm stands outside the blocks but decides nothing in the residual stream."""
     if "embed" in name:  # ModernBERT norms its embeddings under the same name
         return False

@@ -97,6 +97,12 @@ TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut the end of texts longer than the model's context."),
 ]
+DateOption = Annotated[
+    str | None, typer.Option("--template-date", help="YYYY-MM-DD, for templates that tell a date.")
+]
+AllowOption = Annotated[
+    list[str] | None, typer.Option("--allow-mismatch", help="Field that may differ; repeat.")
+]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
 ]
@@ -178,6 +184,7 @@ def extract(
     no_chat_template: NoTemplateOption = False,
     keep_special_tokens: KeepSpecialOption = False,
     truncate: TruncateOption = False,
+    template_date: DateOption = None,
     revision: RevisionOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -187,6 +194,7 @@ def extract(
     memory: MemoryOption = None,
     no_shared_prefixes: NoSharingOption = False,
     allow_nonfinite: NonFiniteOption = False,
+    allow_mismatch: AllowOption = None,
     quiet: QuietOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
@@ -204,6 +212,7 @@ def extract(
         "output": output,
         "layers": layers,
         "allow_nonfinite": allow_nonfinite,
+        "allow_mismatch": allow_mismatch or (),
         **_extraction(locals()),
     }
     if dry_run:
@@ -234,6 +243,7 @@ def plan(
     no_chat_template: NoTemplateOption = False,
     keep_special_tokens: KeepSpecialOption = False,
     truncate: TruncateOption = False,
+    template_date: DateOption = None,
     revision: RevisionOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -271,6 +281,7 @@ def train(
     no_chat_template: NoTemplateOption = False,
     keep_special_tokens: KeepSpecialOption = False,
     truncate: TruncateOption = False,
+    template_date: DateOption = None,
     revision: RevisionOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -315,12 +326,7 @@ def validate(
     visualize: Annotated[
         bool, typer.Option("--visualize", help="Write plots (PNG, SVG) and report.html too.")
     ] = False,
-    allow_mismatch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-mismatch", help="Identity field in which vectors and cache may differ; repeat."
-        ),
-    ] = None,
+    allow_mismatch: AllowOption = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, float16 or bfloat16 [default: the vectors']."),
@@ -330,6 +336,7 @@ def validate(
     no_chat_template: NoTemplateOption = False,
     keep_special_tokens: KeepSpecialOption = False,
     truncate: TruncateOption = False,
+    template_date: DateOption = None,
     revision: RevisionOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -440,6 +447,7 @@ def _extraction(given: dict[str, Any]) -> dict[str, Any]:
         "system_prompt",
         "keep_special_tokens",
         "truncate",
+        "template_date",
         "revision",
         "adapter",
         "device",

@@ -1,7 +1,9 @@
 """Whether two sets of numbers may be used together, and in what they differ if not.
 
 Knows the fields of `Identity` and which of them matter for what: all of them for adding layers to a
-cache; for scoring a cache with vectors those that decide what a direction means.
+cache or taking them out of it again; for scoring a cache with vectors all but what the two are
+meant to differ in. The names of model and revision are never compared: weights and tokenizer are,
+by content.
 """
 
 from __future__ import annotations
@@ -11,32 +13,35 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import MismatchError, UsageError
-from probecache.types import Identity
+from probecache.types import Identity, Positions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
-__all__ = ["EXTENDING", "SCORING", "require_same"]
+__all__ = ["EXTENDING", "SCORING", "merged_weights", "require_fields", "require_same"]
 
 _TOLD_NOT_COMPARED = {"model", "revision"}
+_PART_OF_WEIGHTS = {"weight_samples"}
 
 EXTENDING: tuple[str, ...] = tuple(
-    field.name for field in fields(Identity) if field.name not in _TOLD_NOT_COMPARED
+    field.name
+    for field in fields(Identity)
+    if field.name not in _TOLD_NOT_COMPARED | _PART_OF_WEIGHTS
 )
 # Vectors come from other prompts and other positions than those they score.
-SCORING: tuple[str, ...] = (
-    "layer_convention",
-    "architecture",
-    "num_hidden_layers",
-    "hidden_size",
-    "weights",
-    "adapter",
-    "quantization",
-    "dtype",
-    "tokenizer",
-    "chat_template",
-    "system_prompt",
+SCORING: tuple[str, ...] = tuple(
+    name for name in EXTENDING if name not in ("data", "token_ids", "positions")
 )
+# What no flag allows, and why: vectors and rows, or rows and rows, would not fit one another.
+_NEVER = {"hidden_size": "rows of another width fit nowhere"}
+_NEVER_EXTENDING = _NEVER | {
+    "num_hidden_layers": "the layers of one cache are counted in one model",
+    "dtype": "a cache stores all rows in one dtype",
+    "data": "rows of other prompts do not line up with those that are cached",
+    "token_ids": "rows of other tokens do not line up with those that are cached",
+    "positions": "rows of other positions do not line up with those that are cached",
+    "layer_convention": "a cache counts its layers in one way",
+}
 
 
 def require_same(
@@ -47,40 +52,77 @@ def require_same(
     what: str,
     allowed: Collection[str] = (),
     layers: Collection[int] | None = None,
-    remedy: str | None = None,
-) -> None:
+    remedy: str = "make both with the same model and options",
+) -> list[str]:
     """Raise unless two identities agree in the compared fields.
 
     Args:
-        expected, found: `weights` are compared on the layers that both know.
+        expected, found: `weights` are compared on the layers that both know, by content and by
+            samples.
+        compared: `EXTENDING` or `SCORING`.
         what: who is compared, for the message: "cache and vectors".
         allowed: fields that may differ, as named by --allow-mismatch.
         layers: the only ones on which weights are compared; None: all.
-        remedy: what to do about a difference; None: make both alike, or --allow-mismatch.
+        remedy: what to do about a difference.
+
+    Returns:
+        The differences that were allowed, each as "field: expected ..., got ...".
 
     Raises:
         MismatchError: shows every field that differs.
         UsageError: an allowed field does not exist.
     """
+    require_fields(allowed, compared)
+    differences = {
+        name: f"{name}: expected {_short(a)}, got {_short(b)}"
+        for name in compared
+        for a, b in [_values(expected, found, name, layers)]
+        if a != b
+    }
+    never = _NEVER_EXTENDING if "positions" in compared else _NEVER
+    refused = [name for name in differences if name not in allowed or name in never]
+    if refused:
+        raise MismatchError(
+            f"{what} do not belong together: {'; '.join(differences[name] for name in refused)} "
+            f"(model {expected.model} against {found.model}); "
+            f"{_remedy(refused, never, remedy, expected)}"
+        )
+    return list(differences.values())
+
+
+def require_fields(allowed: Collection[str], compared: Collection[str]) -> None:
+    """Raise UsageError unless what --allow-mismatch names is compared at all."""
     unknown = sorted(set(allowed) - set(compared))
     if unknown:
         raise UsageError(
             f"expected --allow-mismatch to name one of {', '.join(compared)}, got {unknown[0]!r}"
         )
-    differences = [
-        f"{name}: expected {_short(a)}, got {_short(b)}"
-        for name in compared
-        if name not in allowed
-        for a, b in [_values(expected, found, name, layers)]
-        if a != b
-    ]
-    if differences:
-        names = " ".join(f"--allow-mismatch {line.split(':')[0]}" for line in differences)
-        remedy = remedy or f"make both with the same model and options, or allow it with {names}"
-        raise MismatchError(
-            f"{what} do not belong together: {'; '.join(differences)} "
-            f"(model {expected.model} against {found.model}); {remedy}"
-        )
+
+
+def _remedy(
+    refused: Collection[str], never: Mapping[str, str], remedy: str, expected: Identity
+) -> str:
+    if "template_date" in refused and expected.template_date:
+        remedy += f" (--template-date {expected.template_date})"
+    fast = [f"{name} cannot be allowed: {never[name]}" for name in refused if name in never]
+    flags = " ".join(f"--allow-mismatch {name}" for name in refused if name not in never)
+    allow = [f"or, if you know that it does not matter, allow it with {flags}"] if flags else []
+    return ", ".join([remedy, *(allow if not fast else [])]) + "".join(f"; {one}" for one in fast)
+
+
+def merged_weights(
+    old: Mapping[int, str], new: Mapping[int, str], cached: Collection[int], added: Collection[int]
+) -> dict[int, str]:
+    """What names the weights of a cache that gains layers: each layer's are those it was made by.
+
+    Args:
+        old, new: names by layer, of the cache and of the run that adds layers.
+        cached, added: the layers of each; where weights may differ, no layer between them is named.
+    """
+    agreed = {layer: name for layer, name in {**old, **new}.items() if old.get(layer, name) == name}
+    made = {layer: old[layer] for layer in cached if layer in old}
+    made |= {layer: new[layer] for layer in added if layer in new}
+    return dict(sorted({**agreed, **made}.items()))
 
 
 def _values(
@@ -88,10 +130,22 @@ def _values(
 ) -> tuple[Any, Any]:
     a, b = getattr(expected, name), getattr(found, name)
     if name == "weights":
-        shared = sorted(k for k in a.keys() & b.keys() if layers is None or k in layers)
-        differing = [k for k in shared if a[k] != b[k]]
-        return {k: a[k] for k in differing}, {k: b[k] for k in differing}
+        differing = _differing(a, b, layers)
+        samples = expected.weight_samples, found.weight_samples
+        return differing if differing[0] else _differing(*samples, layers)
+    one_token = {Positions.LAST, Positions.ANSWER} & {expected.positions, found.positions}
+    if name == "special_tokens_kept" and expected.positions != found.positions and one_token:
+        return None, None  # it says something of `all` and `mean` alone
     return a, b
+
+
+def _differing(
+    a: Mapping[int, str], b: Mapping[int, str], layers: Collection[int] | None
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Both names of the layers that both know, where they differ."""
+    shared = sorted(k for k in a.keys() & b.keys() if layers is None or k in layers)
+    differing = [k for k in shared if a[k] != b[k]]
+    return {k: a[k] for k in differing}, {k: b[k] for k in differing}
 
 
 def _short(value: Any) -> str:

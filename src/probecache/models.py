@@ -13,7 +13,6 @@ read nor run. Not covered: encoder-decoders, and models whose blocks are not one
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -174,15 +173,10 @@ class ModelSource:
             ) from error
         return tokenizer
 
-    @cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and its rules, chat template apart."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            content = backend.to_str()
-        else:
-            content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)  # type: ignore[attr-defined]
-        return hashlib.sha256(content.encode()).hexdigest()
+    @property
+    def attention(self) -> str:
+        """The attention implementation that transformers will choose."""
+        return str(getattr(self._shell.config, "_attn_implementation", None))
 
     @cached_property
     def adapter(self) -> Adapter | None:
@@ -291,13 +285,13 @@ class ModelSource:
         """Bytes of weights that `read_block` reads."""
         return sum(tensor.size for tensor in self.weights.of_block(index))
 
-    def weights_fingerprints(self, layers: tuple[int, ...]) -> dict[int, str]:
-        """For each layer, a hash of the embeddings and of all blocks below it; fetches the weights.
+    def weight_samples(self, layers: tuple[int, ...]) -> dict[int, str]:
+        """For each layer, a hash of samples of what it depends on; fetches the weights.
 
-        See `Weights.fingerprints`.
+        See `Weights.samples`, and `content.py` for the whole of it.
         """
         self.fetch_weights(max(layers))
-        return self.weights.fingerprints(layers)
+        return self.weights.samples(layers)
 
     def fetch_weights(self, depth: int, start: int = 0) -> None:
         """Download what `load(depth, start)` reads of a hub model, and no other file of weights.

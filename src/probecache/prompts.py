@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from probecache.dates import frozen
 from probecache.errors import PromptError, UsageError
-from probecache.spans import spans_between, text_tokens
+from probecache.spans import spans_between, special_ids, text_tokens
 from probecache.types import Example, Message, Positions, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class PromptOptions:
         chat_template: False feeds raw text.
         keep_special_tokens: let `all` and `mean` keep BOS, special and template tokens too.
         truncate: cut the end of a text that is too long for the model instead of refusing it.
+        template_date: ISO date that a chat template is told which asks for one; None: the day's.
     """
 
     positions: Positions | None = None
@@ -70,6 +72,7 @@ class PromptOptions:
     chat_template: bool = True
     keep_special_tokens: bool = False
     truncate: bool = False
+    template_date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,10 @@ class _Renderer:
         self.positions = positions
         self.templated = templated
         self.source = source
-        self.special = np.array(sorted(_special_ids(tokenizer)), dtype=np.int32)
+        self.special = np.array(sorted(special_ids(tokenizer)), dtype=np.int32)
         self.head, self.tail = self._added_tokens()
+        day = options.template_date
+        self.dated = {} if day is None else frozen(tokenizer.chat_template, day)
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[list[str], list[int]]] = {}
 
     def tokenize(self, examples: Sequence[Example]) -> list[TokenizedPrompt]:
@@ -350,7 +355,7 @@ class _Renderer:
         turns = [[{"role": m.role, "content": m.content} for m in c] for c in conversations]
         try:
             texts = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation
+                turns, tokenize=False, add_generation_prompt=generation, **self.dated
             )
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise PromptError(
@@ -490,10 +495,3 @@ class _Renderer:
         else:
             kept[chunk.inside & ~np.isin(chunk.ids, self.special)] = True
         return kept
-
-
-def _special_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids that stand for no text. UNK does stand for text, unless it also opens or closes."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    special = set(tokenizer.all_special_ids)
-    return special - ({unknown} - {tokenizer.bos_token_id, tokenizer.eos_token_id})

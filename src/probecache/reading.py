@@ -1,5 +1,8 @@
 """Bytes of weights from disk to tensors, exactly those that are asked for and each of them once.
 
+Every tensor is hashed as it comes from the disk, whatever device it goes to: what names the weights
+(`content.py`) is what was run.
+
 Not by memory map: a mapped tensor lies where the file happens to put it, and matrix products on
 memory of another alignment differ in their last bits; it also counts as memory in use or not as the
 kernel pleases. Guarantee: tensors on a CPU begin with a page and own their memory.
@@ -7,23 +10,27 @@ kernel pleases. Guarantee: tensors on a CPU begin with a page and own their memo
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, one_line
+from probecache.memo import state_of
 
 if TYPE_CHECKING:
     import torch
 
     from probecache.checkpoint import StoredTensor
+    from probecache.memo import FileState
 
 __all__ = ["BlockWeights", "LazyTensor", "WeightReader"]
 
 _THREADS = 4
+_PIECE = 4 << 20  # read and hashed while it is in the processor's cache
 _DTYPES = {
     **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
     **{"U16": "uint16", "U32": "uint32", "U64": "uint64", "F16": "float16", "BF16": "bfloat16"},
@@ -70,10 +77,12 @@ class WeightReader:
     Attributes:
         device: where whole tensors go: the CPU, or a CUDA device.
         bytes_read: bytes of weights read so far.
+        digests: of every tensor read so far, by its name: the file's state then, and the SHA-256.
     """
 
     device: torch.device
     bytes_read: int = 0
+    digests: dict[str, tuple[FileState, str]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _streams: list[Any] = field(default_factory=list, repr=False)
 
@@ -81,11 +90,21 @@ class WeightReader:
         """One tensor, on the device.
 
         Raises:
-            ModelError: the file is shorter than its header says, or of a dtype torch does not have.
+            ModelError: the file is shorter than its header says, or of a dtype torch does not have;
+                or it was read before and has another content now.
         """
         if self.device.type == "cuda":
-            return self._read_to_device(stored)
+            return self._read_to_memory(stored, pinned=True).to(self.device)
         return self._read_to_memory(stored, pinned=False)
+
+    def hash(self, stored: StoredTensor) -> None:
+        """Read a tensor for its digest alone, in little memory.
+
+        Raises:
+            ModelError: as `read`.
+        """
+        piece = memoryview(bytearray(min(_PIECE, stored.size)))
+        self._read_pieces(stored, lambda done: piece[: stored.size - done])
 
     def read_block(self, stored: Sequence[StoredTensor]) -> BlockWeights:
         """A block's tensors; may run in a thread of its own while another block computes.
@@ -125,6 +144,7 @@ class WeightReader:
 
         dtype = _dtype_of(stored)
         if stored.size == 0:
+            self._read_pieces(stored, lambda _: memoryview(b""))
             return torch.empty(stored.shape, dtype=dtype)
         if pinned:
             raw = torch.empty(stored.size, dtype=torch.uint8, pin_memory=True)
@@ -132,28 +152,34 @@ class WeightReader:
             # Pages of their own go back to the system with the tensor. The C library would keep
             # what is freed, and a streamed model would hold several blocks instead of two.
             raw = torch.frombuffer(mmap.mmap(-1, stored.size), dtype=torch.uint8)
-        with _place_of(stored).open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            view, filled = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
-            while filled < stored.size:
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise _cut_short(stored)
-                filled += count
-        self._count(stored)
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]
+        self._read_pieces(stored, lambda done: view[done : done + _PIECE])
         return raw.view(dtype).view(stored.shape)
 
-    def _read_to_device(self, stored: StoredTensor) -> torch.Tensor:
-        from safetensors import safe_open
-
-        path = _place_of(stored)
-        try:
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                tensor: torch.Tensor = file.get_tensor(stored.name)
-        except OSError as error:
-            raise ModelError(f"expected to read {path}, got: {one_line(error)}") from error
+    def _read_pieces(self, stored: StoredTensor, place: Callable[[int], memoryview[int]]) -> None:
+        """Read a tensor's bytes and hash them; `place` gives where those from a number on go."""
+        path, digest, done = _place_of(stored), hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            state = state_of(path, file.fileno())
+            file.seek(stored.offset)
+            while done < stored.size:
+                piece = place(done)
+                count = file.readinto(piece)
+                if not count:
+                    raise _cut_short(stored)
+                digest.update(piece[:count])
+                done += count
         self._count(stored)
-        return tensor
+        self._keep_digest(stored, state, digest.hexdigest())
+
+    def _keep_digest(self, stored: StoredTensor, state: FileState, digest: str) -> None:
+        with self._lock:
+            earlier = self.digests.setdefault(stored.name, (state, digest))
+        if earlier[1] != digest:
+            raise ModelError(
+                f"expected {stored.name} as it was read before, got other content in "
+                f"{stored.file}: somebody is writing to it; run the command again when that is done"
+            )
 
     def _count(self, stored: StoredTensor) -> None:
         with self._lock:

@@ -2,21 +2,22 @@
 
     spans_between(...)   where the messages stand in the rendering, by characters
     text_tokens(...)     which tokens lie there
+    special_ids(...)     which ids never stand for text
 
-Knows characters and the tokenizer's offsets, neither templates nor token ids.
+Knows characters and the tokenizer's offsets, no templates.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Span", "spans_between", "text_tokens"]
+__all__ = ["Span", "spans_between", "special_ids", "text_tokens"]
 
 Span = tuple[int, int]  # characters [start, stop)
 
@@ -99,3 +100,10 @@ def _widened(offsets: np.ndarray, opens: np.ndarray) -> np.ndarray:
         following = now[~closes[now]] + 1
         now = following[narrow[following]]
     return wide
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that stand for no text. UNK does stand for text, unless it also opens or closes."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    special = set(tokenizer.all_special_ids)
+    return special - ({unknown} - {tokenizer.bos_token_id, tokenizer.eos_token_id})

@@ -106,14 +106,19 @@ class TokenizedPrompt:
 class Identity:
     """All that decides the numbers in a cache. Two caches of one identity hold one set of numbers.
 
-    `weights[L]` fingerprints what the numbers at layer L depend on: the embeddings and the first L
-    blocks. Caches of different depth therefore still compare, layer by layer. `model` and
-    `revision` say where the weights came from; they are told to the reader, never compared.
+    `weights[L]` names what the numbers at layer L depend on by its whole content: the embeddings
+    and the first L blocks, for every layer up to the deepest. Caches of different depth therefore
+    still compare, layer by layer. `weight_samples[L]` is the same of samples, known before the
+    weights are read. `model` and `revision` say where the weights came from; they are told to the
+    reader, never compared: one content may lie in many places, and a branch moves.
+
+    `template_date` is the day that the chat template was told where it asks for one, ISO format.
     """
 
     model: str
     revision: str | None
     weights: Mapping[int, str]
+    weight_samples: Mapping[int, str]
     architecture: str
     num_hidden_layers: int
     hidden_size: int
@@ -123,6 +128,7 @@ class Identity:
     attention: str
     tokenizer: str
     chat_template: str | None
+    template_date: str | None
     system_prompt: str | None
     data: str
     token_ids: str

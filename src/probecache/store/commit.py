@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from probecache.atomic import sync_folder, write_bytes
 from probecache.errors import OutputError
+from probecache.identity import merged_weights
 from probecache.store.layout import LAYER_INFO, LayerInfo, manifest_size
 from probecache.store.reader import read_manifest
 from probecache.store.seal import seal_json
@@ -65,13 +66,18 @@ def _with_cached(new: LayerInfo, final: Path, repairs: bool) -> LayerInfo:
             f"{differing[0]}; nothing was changed"
         )
     kept = {layer: count for layer, count in old.non_finite.items() if layer not in new.layers}
-    weights = {**old.identity.weights, **new.identity.weights}
+    a, b = old.identity, new.identity
+    identity = replace(  # where the two differ, and may, the cache's own stays
+        a,
+        weights=merged_weights(a.weights, b.weights, old.layers, new.layers),
+        weight_samples=merged_weights(a.weight_samples, b.weight_samples, old.layers, new.layers),
+    )
     return new.model_copy(
         update={
             "layers": sorted({*old.layers, *new.layers}),
             "files": {**old.files, **new.files},
             "non_finite": dict(sorted({**kept, **new.non_finite}.items())),
-            "identity": replace(new.identity, weights=weights),
+            "identity": identity,
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
     return [
         ("cache", str(cache.path)),
         *_identity(cache.identity, info.origin.adapter),
+        *_allowed(info.origin.allowed_mismatch),
         ("data", info.origin.data + (", texts truncated" if info.origin.truncate else "")),
         ("layers", ",".join(map(str, cache.layers))),
         ("positions", str(info.positions)),
@@ -104,6 +106,7 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
         ("method", info.method),
         ("higher means", f"{info.positive_class} (against {info.negative_class})"),
         *_identity(info.identity),
+        *_allowed(info.allowed_mismatch),
         ("layers", ",".join(map(str, vectors.layers))),
         ("no direction at", ",".join(map(str, info.layers_without_direction)) or "none"),
         ("trained on", info.source_cache),
@@ -119,7 +122,25 @@ def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str,
         ("hidden size", str(identity.hidden_size)),
         ("dtype", identity.dtype + (" quantised" if identity.quantization else "")),
         ("adapter", " ".join(filter(None, (adapter, identity.adapter))) or "none"),
-        ("prompts", "chat template" if identity.chat_template else "raw text"),
+        ("prompts", _prompts(identity)),
         ("system prompt", repr(identity.system_prompt) if identity.system_prompt else "none"),
         ("versions", versions),
+        ("weights", f"content {_deepest(identity.weights)}"),
+        ("attention", identity.attention),
     ]
+
+
+def _deepest(weights: Mapping[int, str]) -> str:
+    """What names the weights of the deepest layer: two caches of one depth can be held together."""
+    return f"{weights[max(weights)]} up to layer {max(weights)}" if weights else "not recorded"
+
+
+def _prompts(identity: Identity) -> str:
+    if not identity.chat_template:
+        return "raw text"
+    day = identity.template_date
+    return "chat template" + (f", told that today is {day}" if day else "")
+
+
+def _allowed(differences: list[str]) -> list[tuple[str, str]]:
+    return [("made across", "; ".join(differences))] if differences else []

@@ -111,6 +111,7 @@ class Origin(BaseModel):
     data: str
     adapter: str | None = None
     truncate: bool = False
+    allowed_mismatch: list[str] = Field(default_factory=list)
 
 
 class LayerInfo(BaseModel):
@@ -300,9 +301,10 @@ class Blueprint:
 
     def manifest_bytes(self, identity: Identity) -> int:
         """Exact bytes of layer_info.json; the same before the weights are known and after."""
-        unknown = dict.fromkeys(self.layers, "0" * 64)
+        samples = dict.fromkeys(self.layers, "0" * 64)
+        weights = dict.fromkeys(range(max(self.layers) + 1), "0" * 64)
         draft = self.manifest(
-            replace(identity, weights=unknown),
+            replace(identity, weights=weights, weight_samples=samples),
             timing={},
             non_finite={},
             hashes=dict.fromkeys(self.files(), "0" * 64),

@@ -89,6 +89,7 @@ class VectorsInfo(BaseModel):
     layers_without_direction: list[int] = Field(default_factory=list)
     source_cache: str
     source_cache_sha256: str
+    allowed_mismatch: list[str] = Field(default_factory=list)
     identity: Identity
     manifest_sha256: str = NO_SEAL
 

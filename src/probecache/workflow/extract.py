@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probecache.atomic import real_path, require_place
+from probecache.content import weights_content
 from probecache.engine import release_memory
 from probecache.errors import Interrupted, ModelError, NonFiniteError, OutputError
 from probecache.identity import EXTENDING, require_same
@@ -32,7 +33,7 @@ from probecache.store.writer import (
     require_free_layers,
 )
 from probecache.types import Identity, Positions
-from probecache.workflow.execution import Passage
+from probecache.workflow.execution import EngineName, Passage
 from probecache.workflow.pipe import Pipe
 from probecache.workflow.prepare import (
     ExtractRequest,
@@ -43,7 +44,12 @@ from probecache.workflow.prepare import (
     prepare,
     work_out,
 )
-from probecache.workflow.resume import begin, require_same_run
+from probecache.workflow.resume import (
+    begin,
+    identity_before,
+    require_same_run,
+    require_unchanged,
+)
 from probecache.workflow.running import Run
 
 if TYPE_CHECKING:
@@ -78,8 +84,8 @@ def extract(
         output: the cache's folder: nothing, an empty folder, a cache of the same identity, or what
             an interrupted run of the same request left.
         announce: told the plan before any weight is read.
-        accept: told identity and classes before the model is loaded; raises to refuse them. It is
-            asked twice: before anything of the weights is looked at, and when they are known.
+        accept: told identity and classes; raises to refuse them. It is asked before anything of the
+            weights is looked at, when samples of them are known, and when they have been read.
         finished: told what a run took, when it is done.
 
     Returns:
@@ -93,7 +99,7 @@ def extract(
     output = Path(output)
     finish_complete(output)
     existing = existing_cache(output)
-    prepared = prepare(request)
+    prepared = prepare(request, identity_before(output, existing))
     blueprint = missing(prepared.blueprint, existing)
     planned = work_out(prepared, existing, blueprint, output)
     _require_all(prepared.identity, prepared, existing, accept)
@@ -101,7 +107,7 @@ def extract(
         require_place(real_path(output))
         if existing is not None:
             require_free_layers(existing.path, blueprint)
-        require_same_run(planned, prepared)
+        require_same_run(planned, prepared, prepared.identity)
         _require_room(planned)
         prepared.source.check_device()
     if announce is not None:
@@ -109,7 +115,11 @@ def extract(
     identity = _with_weights(prepared, existing)
     _require_all(identity, prepared, existing, accept)
     if blueprint.layers:
-        _run(prepared, planned, existing, identity, finished)
+        require_same_run(planned, prepared, identity)
+        _run(prepared, planned, existing, identity, accept, finished)
+    else:
+        identity = _with_content(identity, prepared, max(prepared.layers), {})
+        _require_all(identity, prepared, existing, accept)
     return open_cache(output)
 
 
@@ -118,6 +128,7 @@ def _run(
     planned: Plan,
     existing: Cache | None,
     identity: Identity,
+    accept: Callable[[Identity, Sequence[str]], None] | None,
     finished: Callable[[Took], None] | None,
 ) -> None:
     output, info = Path(planned.output), existing.info if existing else None
@@ -126,8 +137,9 @@ def _run(
         with open_writer(
             output, blueprint, lambda: begin(prepared, planned, identity), info
         ) as writer:
-            filling = _Filling(writer, prepared, planned, existing)
+            filling = _Filling(writer, prepared, planned, existing, accept)
             identity = filling.fill(identity)
+            _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
             writer.commit(identity, filling.timing(), filling.execution())
             if finished is not None:
                 finished(filling.took())
@@ -153,23 +165,32 @@ def _require_all(
     prepared: Preparation,
     existing: Cache | None,
     accept: Callable[[Identity, Sequence[str]], None] | None,
-) -> None:
-    """Ask everyone who may refuse these numbers before they are made."""
-    if existing is not None:
-        # Attention is known only once the model is loaded; all else is compared before that.
-        _require_same_cache(existing, replace(identity, attention=existing.identity.attention))
+) -> list[str]:
+    """Ask everyone who may refuse these numbers; returns the differences that are allowed."""
     if accept is not None:
         accept(identity, prepared.dataset.labels)
+    if existing is None:
+        return []
+    return _require_same_cache(existing, identity, prepared.request.allow_mismatch)
 
 
-def _require_same_cache(existing: Cache, identity: Identity) -> None:
-    require_same(
+def _require_same_cache(existing: Cache, identity: Identity, allowed: Sequence[str]) -> list[str]:
+    return require_same(
         existing.identity,
         identity,
         EXTENDING,
         what=f"Cache {existing.path} and this run",
+        allowed=allowed,
         remedy="ask for the same again, or extract into another --output",
     )
+
+
+def _note_allowed(writer: CacheWriter, existing: Cache | None, allowed: Sequence[str]) -> None:
+    """Put the differences that were allowed, now and before, into the manifest to be written."""
+    before = existing.info.origin.allowed_mismatch if existing else []
+    noted = list(dict.fromkeys([*before, *allowed]))
+    origin = writer.blueprint.origin.model_copy(update={"allowed_mismatch": noted})
+    writer.blueprint = replace(writer.blueprint, origin=origin)
 
 
 def _require_room(planned: Plan) -> None:
@@ -184,8 +205,15 @@ def _require_room(planned: Plan) -> None:
 
 def _with_weights(prepared: Preparation, existing: Cache | None) -> Identity:
     layers = {*prepared.layers, *(existing.layers if existing else ())}
-    prints = prepared.source.weights_fingerprints(tuple(sorted(layers)))
-    return replace(prepared.identity, weights=prints)
+    samples = prepared.source.weight_samples(tuple(sorted(layers)))
+    return replace(prepared.identity, weight_samples=samples)
+
+
+def _with_content(
+    identity: Identity, prepared: Preparation, depth: int, known: Mapping[int, str]
+) -> Identity:
+    content = weights_content(prepared.source, depth, known, quiet=prepared.request.quiet)
+    return replace(identity, weights={**identity.weights, **content})
 
 
 # ---------------------------------------------------------------- the run
@@ -195,9 +223,15 @@ class _Filling:
     """Puts every row into a writer that is not there yet: one passage after the other."""
 
     def __init__(
-        self, writer: CacheWriter, prepared: Preparation, planned: Plan, existing: Cache | None
+        self,
+        writer: CacheWriter,
+        prepared: Preparation,
+        planned: Plan,
+        existing: Cache | None,
+        accept: Callable[[Identity, Sequence[str]], None] | None,
     ) -> None:
         assert planned.execution is not None
+        self._accept = accept
         self._writer, self._prepared, self._planned = writer, prepared, planned
         self._existing, self._execution = existing, planned.execution
         self._progress = writer.unfinished.progress
@@ -211,8 +245,14 @@ class _Filling:
             if not self._writer.done(passage.layers).all():
                 self._pass(passage, identity)
                 release_memory()  # of one model before the next is loaded
-        assert self._progress.identity is not None
-        return self._progress.identity
+            elif self._known(identity).weights.get(passage.layers[-1]) is None:
+                # Killed between the last row and the end: the weights are read to name them.
+                self._progress.identity = self._checked(self._known(identity), passage)
+        return self._known(identity)
+
+    def _known(self, identity: Identity) -> Identity:
+        """The identity with what this run or an interrupted one has found out."""
+        return self._progress.identity or identity
 
     def timing(self) -> dict[str, int]:
         """Tokens, for the manifest."""
@@ -246,12 +286,24 @@ class _Filling:
         model = run.load()
         self._load_s += time.perf_counter() - started
         identity = replace(identity, attention=model.attention)
-        if self._existing is not None:
-            _require_same_cache(self._existing, identity)
+        identity = replace(self._known(identity), attention=model.attention)
+        streamed = self._execution.engine is EngineName.STREAM
+        if not streamed:  # what has been read may be refused before anything is computed
+            identity = self._checked(identity, passage)
         self._progress.identity = identity
         run.prepare(self._progress.passages.get(passage.start))
         self._run(run)
+        if streamed:
+            self._progress.identity = self._checked(identity, passage)
         self._peak = max(self._peak, _peak_memory(model))
+
+    def _checked(self, identity: Identity, passage: Passage) -> Identity:
+        """The identity with the weights that a passage has read, refused where they differ."""
+        known = self._existing.identity.weights if self._existing and passage.cached else {}
+        found = _with_content(identity, self._prepared, passage.layers[-1], known)
+        _require_all(found, self._prepared, self._existing, self._accept)
+        require_unchanged(self._progress.identity, found)
+        return found
 
     def _run(self, run: Run) -> None:
         started = time.perf_counter()

@@ -16,9 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from probecache.atomic import free_bytes
+from probecache.atomic import free_bytes, real_path
+from probecache.content import tokenizer_content
 from probecache.dataset import Dataset, load_dataset
+from probecache.dates import choose_day
 from probecache.errors import OutputError
+from probecache.identity import EXTENDING, require_fields
 from probecache.layers import parse_layers
 from probecache.models import ModelOptions, ModelSource, open_model
 from probecache.prefixes import PrefixTree
@@ -34,7 +37,7 @@ from probecache.workflow.execution import (
     choose_execution,
     find_passages,
 )
-from probecache.workflow.resume import execution_of
+from probecache.workflow.resume import execution_of, identity_before
 
 __all__ = [
     "ExtractRequest",
@@ -63,6 +66,9 @@ class ExtractRequest:
         share_prefixes: compute what prompts begin with alike once, where the model allows it.
         allow_nonfinite: keep rows with NaN or Inf, counted in the manifest, instead of stopping.
         quiet: no progress on stderr.
+        default_date: ISO date for a chat template that asks for one, where neither `prompts` nor
+            the cache that gains layers says which; None: today.
+        allow_mismatch: identity fields in which the run may differ from the cache that it adds to.
     """
 
     model: ModelOptions
@@ -75,6 +81,8 @@ class ExtractRequest:
     share_prefixes: bool = True
     allow_nonfinite: bool = False
     quiet: bool = False
+    default_date: str | None = None
+    allow_mismatch: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,15 +136,20 @@ class Preparation:
     identity: Identity
 
 
-def prepare(request: ExtractRequest) -> Preparation:
+def prepare(request: ExtractRequest, known: Identity | None = None) -> Preparation:
     """Read data, config and tokenizer; render and check every prompt.
+
+    Args:
+        known: of the cache that is there, finished or not: its date goes into the prompts.
 
     Raises:
         DataError, PromptError, UsageError, ModelError: whatever can be refused by now.
     """
+    require_fields(request.allow_mismatch, EXTENDING)
     dataset = load_dataset(request.data)
     source = open_model(request.model)
     layers = parse_layers(request.layers, source.num_hidden_layers)
+    request = _dated(request, source, known)
     positions = default_positions(request.prompts, dataset.paired)
     prompts = tokenize_dataset(dataset, source.tokenizer, source.facts, request.prompts)
     source.check_ids(max(int(prompt.ids.max()) for prompt in prompts))
@@ -164,7 +177,7 @@ def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
     """
     existing = None if output is None else existing_cache(Path(output))
     output = Path() if output is None else Path(output)
-    prepared = prepare(request)
+    prepared = prepare(request, identity_before(output, existing))
     return work_out(prepared, existing, missing(prepared.blueprint, existing), output)
 
 
@@ -173,7 +186,7 @@ def work_out(
 ) -> Plan:
     """The cost of writing what `blueprint` still lacks in `existing`, or all of it, to `output`."""
     passages = find_passages(blueprint.layers, _known_layers(prepared, existing, blueprint))
-    unfinished = find_unfinished(output)
+    unfinished = find_unfinished(real_path(output))
     execution = execution_of(unfinished, prepared.request) if passages else None
     if passages and execution is None:
         execution = _execution(prepared, passages)
@@ -279,6 +292,14 @@ def _is_free(folder: Path) -> bool:
 # ---------------------------------------------------------------- identity and cost
 
 
+def _dated(request: ExtractRequest, source: ModelSource, known: Identity | None) -> ExtractRequest:
+    """The request with the day that its prompts are told."""
+    template = source.tokenizer.chat_template if request.prompts.chat_template else None
+    stored = (known.template_date if known else None) or request.default_date
+    day = choose_day(template, request.prompts.template_date, stored)
+    return replace(request, prompts=replace(request.prompts, template_date=day))
+
+
 def _identity(
     request: ExtractRequest,
     source: ModelSource,
@@ -291,15 +312,17 @@ def _identity(
         model=request.model.model,
         revision=request.model.revision,
         weights={},
+        weight_samples={},
         architecture=source.architecture,
         num_hidden_layers=source.num_hidden_layers,
         hidden_size=source.hidden_size,
         dtype=source.dtype,
         quantization=source.quantization,
         adapter=source.adapter.fingerprint if source.adapter else None,
-        attention="",
-        tokenizer=source.tokenizer_fingerprint,
+        attention=source.attention,
+        tokenizer=tokenizer_content(source.tokenizer),
         chat_template=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        template_date=request.prompts.template_date,
         system_prompt=request.prompts.system_prompt,
         data=dataset.fingerprint(),
         token_ids=fingerprint(prompts),

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probecache.atomic import real_path
 from probecache.errors import MismatchError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
@@ -18,13 +19,17 @@ from probecache.workflow.execution import EngineName, Execution
 
 if TYPE_CHECKING:
     from probecache.store.journal import Unfinished
+    from probecache.store.reader import Cache
     from probecache.types import Identity
     from probecache.workflow.prepare import ExtractRequest, Plan, Preparation
 
-__all__ = ["begin", "execution_of", "require_same_run"]
-
-# Known only once the weights are read; compared then.
-_LATER = {"attention", "weights"}
+__all__ = [
+    "begin",
+    "execution_of",
+    "identity_before",
+    "require_same_run",
+    "require_unchanged",
+]
 
 
 def begin(prepared: Preparation, planned: Plan, identity: Identity) -> Begun:
@@ -51,17 +56,29 @@ def execution_of(unfinished: Unfinished | None, request: ExtractRequest) -> Exec
     return Execution(**{**execution, "engine": EngineName(execution["engine"])})
 
 
-def require_same_run(planned: Plan, prepared: Preparation) -> None:
-    """Raise MismatchError where another extraction is unfinished in the same place."""
+def identity_before(output: Path, existing: Cache | None) -> Identity | None:
+    """The identity that a run into this place goes on from, of a cache or of what is unfinished."""
+    unfinished = find_unfinished(real_path(output))
+    if unfinished is not None:
+        return unfinished.begun.identity
+    return existing.identity if existing is not None else None
+
+
+def require_same_run(planned: Plan, prepared: Preparation, identity: Identity) -> None:
+    """Raise MismatchError where another extraction is unfinished in the same place.
+
+    Args:
+        identity: as far as it is known; attention is known only when the model is loaded.
+    """
     output = Path(planned.output)
-    unfinished = find_unfinished(output)
+    unfinished = find_unfinished(real_path(output))
     if unfinished is None:
         return
     begun, remedy = unfinished.begun, f"or remove {unfinished.folder} to drop what it computed"
     require_same(
         begun.identity,
-        replace(prepared.identity, attention=begun.identity.attention),
-        [name for name in EXTENDING if name not in _LATER],
+        replace(identity, attention=begun.identity.attention),
+        EXTENDING,
         what=f"The unfinished extraction in {output} and this run",
         remedy=f"finish it with the options it was begun with, {remedy}",
     )
@@ -70,6 +87,18 @@ def require_same_run(planned: Plan, prepared: Preparation) -> None:
             f"expected the layers {format_layers(begun.layers)} of the unfinished extraction in "
             f"{output}, got {format_layers(planned.layers)}; finish it with --layers "
             f"{','.join(map(str, begun.layers))} first, {remedy}"
+        )
+
+
+def require_unchanged(begun: Identity | None, found: Identity) -> None:
+    """Raise MismatchError where model or weights are not those that the interrupted run read."""
+    if begun is not None:
+        require_same(
+            begun,
+            found,
+            EXTENDING,
+            what="The model of the interrupted run and that of this one",
+            remedy="go on with the model it was begun with",
         )
 
 

@@ -76,6 +76,7 @@ def train(
         "source_cache": source or str(cache.path),
         "source_cache_sha256": sha256_of_file(cache.path / LAYER_INFO),
         "identity": cache.identity,
+        "allowed_mismatch": cache.info.origin.allowed_mismatch,
     }
     run = save_run(output, probes, about)
     return load_vectors(run / "normalized_vectors")

@@ -11,7 +11,7 @@ import csv
 import io
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +127,9 @@ def validate(
     for layer in chosen:
         cache.require_layer(layer)
     where = f"cache {cache.path}"
-    require_scorable(vectors, cache.identity, cache.classes, where, chosen, allow_mismatch)
+    allowed = require_scorable(
+        vectors, cache.identity, cache.classes, where, chosen, allow_mismatch
+    )
     if dataset is not None:
         require_data(cache, dataset)
     is_positive = np.array(
@@ -140,10 +142,14 @@ def validate(
             results.append(_judge(layer, stats, vectors, is_positive))
             (folder / f"probe_stats_layer{layer}.csv").write_bytes(_stats_csv(cache, stats))
         best = max(results, key=lambda result: result.auroc.auroc)
-        warnings = _warnings(results, best, vectors, cache)
+        warnings = [
+            *(f"Scored across a difference in {one}." for one in allowed),
+            *_warnings(results, best, vectors, cache),
+        ]
         rows = [_summary_row(result, is_positive) for result in results]
         about = _about(cache, vectors, dataset, source)
-        summary = {**about, "best_layer": best.layer, "warnings": warnings, "layers": rows}
+        found = {"allowed_mismatch": allowed, "warnings": warnings, "layers": rows}
+        summary = {**about, "best_layer": best.layer, **found}
         (folder / "summary.json").write_bytes(encode_json(summary))
         (folder / "summary.csv").write_bytes(_csv(list(rows[0]), [row.values() for row in rows]))
         if visualize:
@@ -187,27 +193,29 @@ def require_scorable(
     where: str,
     layers: Collection[int],
     allowed: Collection[str] = (),
-) -> None:
+) -> list[str]:
     """Raise MismatchError unless vectors may score activations of this identity and these classes.
 
     Args:
         where: what is to be scored, for the message.
         layers: those that will be scored.
         allowed: identity fields that may differ.
+
+    Returns:
+        The differences that were allowed.
     """
     what, info = f"Vectors {vectors.path} and {where}", vectors.info
-    if info.hidden_size != identity.hidden_size:
-        raise MismatchError(
-            f"{what} do not belong together: hidden_size: expected {info.hidden_size}, got "
-            f"{identity.hidden_size} (model {info.identity.model} against {identity.model}); make "
-            "both with the same model"
-        )
-    require_same(info.identity, identity, SCORING, what=what, allowed=allowed, layers=layers)
+    # The vectors' own width, whatever their identity says.
+    identity_of_vectors = replace(info.identity, hidden_size=info.hidden_size)
+    differences = require_same(
+        identity_of_vectors, identity, SCORING, what=what, allowed=allowed, layers=layers
+    )
     if info.positive_class not in classes:
         raise MismatchError(
             f"expected examples of the vectors' positive class {info.positive_class!r} in {where}, "
             f"got the classes {', '.join(classes)}; label the data alike"
         )
+    return differences
 
 
 def require_data(cache: Cache, dataset: Dataset) -> None:
