@@ -187,7 +187,7 @@ class Layer:
             handle, data, at = arguments
             self.real["pwrite"](handle, bytes(data)[: len(data) // 2], at)
         if kind == "torn" and name == "file.write":
-            file, data = arguments[2], bytes(arguments[1])
+            file, data = arguments[2], arguments[1]
             file.write(data[: len(data) // 2])
             file.flush()
         if self.power is not None:

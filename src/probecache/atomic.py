@@ -99,8 +99,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             sync_file(file)
         temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

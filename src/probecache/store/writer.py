@@ -64,7 +64,11 @@ __all__ = ["CacheWriter", "finish_complete", "open_writer", "require_free_layers
 
 # Rows are recorded this often, or less where that would take more than 1/20 of the time.
 _RECORD_S, _RECORD_SHARE = 2.0, 20
-_TEMPORARY = re.compile(r"\.(.+)\.\d+(-[0-9a-f]+)?\.tmp")
+# What a killed run of ours may leave half done, by its name.
+_TEMPORARY = re.compile(
+    rf"\.({UNFINISHED}|(layer_info|metadata|begun|progress|finished|owner)\.json)"
+    r"\.\d+(-[0-9a-f]+)?\.tmp"
+)
 
 
 @dataclass
@@ -391,10 +395,15 @@ def open_writer(
 
 def finish_complete(final: Path) -> None:
     """Commit an extraction that was killed when all its rows were there; sweep what is left."""
-    unfinished = find_unfinished(real_path(final))
+    final = real_path(final)
+    unfinished = find_unfinished(final)
     if unfinished is not None and unfinished.complete:
         with _unfinished_folder(final) as (_, claim):
             finish(unfinished, claim)
+    elif final.is_dir() and any(_TEMPORARY.fullmatch(path.name) for path in final.iterdir()):
+        # Of a run that was killed while it tidied up; or of one that is alive, which says so.
+        with suppress(OutputError), _unfinished_folder(final):
+            pass
 
 
 @contextmanager
