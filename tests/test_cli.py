@@ -315,8 +315,10 @@ def test_a_cache_that_is_not_there_is_refused(refused, tmp_path):
 def test_an_unfinished_cache_is_refused(refused, made, tmp_path):
     shutil.copytree(made / "pairs", tmp_path / "cache")
     (tmp_path / "cache" / "layer_info.json").unlink()
+    (tmp_path / "cache" / "unfinished").mkdir()
     line = refused("train", "--cache", tmp_path / "cache", "--output", tmp_path / "run")
-    assert "did not finish" in line
+    assert "has not finished" in line
+    assert "same extract command again goes on" in line
 
 
 # ---------------------------------------------------------------- refused: what does not belong

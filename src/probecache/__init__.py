@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from probecache import errors as errors
 
 if TYPE_CHECKING:
-    from probecache.api import extract, plan_extraction, train, validate
+    from probecache.api import extract, plan_extraction, repair, train, validate, verify
     from probecache.fit import fit_difference_of_means
     from probecache.store.reader import Cache, open_cache
     from probecache.store.vectors import SavedVectors, load_vectors
@@ -28,8 +28,10 @@ __all__ = [
     "load_vectors",
     "open_cache",
     "plan_extraction",
+    "repair",
     "train",
     "validate",
+    "verify",
 ]
 
 _HOME = {
@@ -40,8 +42,10 @@ _HOME = {
     "load_vectors": "probecache.store.vectors",
     "open_cache": "probecache.store.reader",
     "plan_extraction": "probecache.api",
+    "repair": "probecache.api",
     "train": "probecache.api",
     "validate": "probecache.api",
+    "verify": "probecache.api",
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.atomic import real_path, require_place, temporary_sibling
-from probecache.dataset import load_dataset
+from probecache.dataset import IN_MEMORY, load_dataset
 from probecache.errors import LayerError, MismatchError, UsageError
 from probecache.layers import parse_layers
 from probecache.store.reader import Cache, open_cache
@@ -30,11 +30,14 @@ from probecache.workflow.validate import (
 from probecache.workflow.validate import validate as validate_on_cache
 
 if TYPE_CHECKING:
+    from probecache.store.layout import LayerInfo
+    from probecache.store.verify import Report
     from probecache.types import Identity
     from probecache.workflow.extract import Took
     from probecache.workflow.prepare import ExtractRequest, Plan
+    from probecache.workflow.repair import Repair
 
-__all__ = ["extract", "plan_extraction", "train", "validate"]
+__all__ = ["extract", "plan_extraction", "repair", "train", "validate", "verify"]
 
 Data = str | Path | Sequence[Mapping[str, Any]]
 Layers = str | int | Sequence[int]
@@ -248,6 +251,66 @@ def validate(
             allow_mismatch=allowed,
             source=name,
         )
+
+
+def repair(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    data: Data | None = None,
+    announce: Callable[[Plan], None] | None = None,
+    finished: Callable[[Took], None] | None = None,
+    **options: Any,
+) -> Repair:
+    """Verify a cache and make again what of it is damaged, and nothing else.
+
+    Args:
+        path: the cache's folder.
+        model: where the model is now; None: where it was.
+        data: where the data is now; None: where it was.
+        announce: told the plan before any weight is read.
+        finished: told the seconds and the memory that extracting took.
+        options: device, engine, memory and the like, as `extract` takes them.
+
+    Raises:
+        ProbecacheError: nothing to repair it from; model or data are not those of the cache.
+    """
+    from probecache.workflow.repair import repair as run
+
+    def request_of(info: LayerInfo) -> ExtractRequest:
+        identity, origin = info.identity, info.origin
+        if data is None and origin.data == IN_MEMORY:
+            raise UsageError(
+                f"expected --data to repair {path}, which was made from {IN_MEMORY}, got none"
+            )
+        return _request(
+            model=model or identity.model,
+            revision=identity.revision if model is None else None,
+            data=origin.data if data is None else data,
+            layers=list(info.layers),
+            dtype=identity.dtype,
+            positions=identity.positions,
+            system_prompt=identity.system_prompt,
+            chat_template=identity.chat_template is not None,
+            keep_special_tokens=identity.special_tokens_kept,
+            truncate=origin.truncate,
+            adapter=origin.adapter,
+            allow_nonfinite=bool(info.non_finite),
+            **options,
+        )
+
+    return run(Path(path), request_of, announce, finished)
+
+
+def verify(path: str | Path) -> Report:
+    """Read every file of a cache, a run or a validation and hold it against its record.
+
+    Raises:
+        StoreError: the folder holds nothing of ours.
+    """
+    from probecache.store.verify import verify as run
+
+    return run(path)
 
 
 def _request(

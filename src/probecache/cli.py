@@ -17,6 +17,7 @@ from probecache.errors import Interrupted, ProbecacheError, UsageError, printabl
 from probecache.terminal import (
     print_cache,
     print_plan,
+    print_repair,
     print_report,
     print_start,
     print_validation,
@@ -382,16 +383,42 @@ def verify(
     path: Annotated[
         Path, typer.Argument(help="A cache, a run, a folder of vectors, or a validation.")
     ],
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Of a cache, make again what is damaged, and nothing else."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="With --repair: where the model is now [default: as then]."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="With --repair: where the data is now [default: as then]."),
+    ] = None,
+    device: DeviceOption = None,
+    engine: EngineOption = None,
+    memory: MemoryOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Read every file and compare it with its record.
 
     Names every file that is not as it was written, and which rows of it. Exit code: 0 if all is
-    whole, 1 if something is damaged, 2 if there is nothing of ours.
+    whole (after --repair: again), 1 if something is damaged, 2 if there is nothing of ours.
     """
-    from probecache.store.verify import verify as run
+    from probecache import api
 
-    report = run(path)
-    print_report(report)
+    options: dict[str, Any] = {"model": model, "data": data, "device": device}
+    options |= {"engine": engine, "memory": memory}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not repair:
+        if given:
+            raise UsageError(f"expected --{min(given)} with --repair only, got it without")
+        report = api.verify(path)
+        print_report(report)
+    else:
+        repaired = api.repair(path, announce=print_start, quiet=quiet, **given)
+        print_repair(repaired)
+        report = repaired.after
     if not report.whole:
         raise typer.Exit(1)
 

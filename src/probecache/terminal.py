@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from probecache.store.verify import Report
     from probecache.workflow.extract import Took
     from probecache.workflow.prepare import Plan
+    from probecache.workflow.repair import Repair
     from probecache.workflow.validate import Validation
 
 __all__ = [
     "print_cache",
     "print_plan",
+    "print_repair",
     "print_report",
     "print_start",
     "print_validation",
@@ -146,6 +148,22 @@ def print_report(report: Report) -> None:
         _say(f"{report.path} is whole: {read} are as they were written ({report.kind})")
     else:
         _say(f"{report.path} is damaged: {len(report.damages)} of {read} ({report.kind})")
+
+
+def print_repair(repair: Repair) -> None:
+    """What was damaged, and what is now."""
+    print_report(repair.before)
+    if repair.before.whole:
+        return
+    for name in repair.changed:
+        _say(
+            f"note     {name} holds other bytes than before: this machine computes in another way; "
+            "its new record is kept"
+        )
+    if repair.after.whole:
+        _say(f"Repaired: {repair.after.path} is whole again")
+    else:
+        print_report(repair.after)
 
 
 def print_validation(result: Validation) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "as_float32",
     "as_tensor",
     "data_offset",
+    "encode_tokens",
     "file_bytes",
     "lay_down",
     "map_raw",
@@ -81,6 +82,16 @@ def lay_down(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
         del tensor  # the mapping cannot close while a tensor points into it
     file.flush()
     return data_offset(file)
+
+
+def encode_tokens(ids: np.ndarray) -> bytes:
+    """The `.pt` of token ids, int32 [rows]."""
+    with tempfile.TemporaryFile() as file:
+        offset = lay_down(file, (len(ids),), "int32")
+        file.seek(offset)
+        file.write(ids.astype("<i4").tobytes())
+        file.seek(0)
+        return file.read()
 
 
 def reserve(file: BinaryIO) -> None:

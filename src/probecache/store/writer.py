@@ -50,7 +50,7 @@ from probecache.store.layout import (
     checksums_path,
 )
 from probecache.store.reader import read_manifest
-from probecache.store.tensorfile import data_offset, lay_down, reserve
+from probecache.store.tensorfile import data_offset, encode_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,11 +149,8 @@ class CacheWriter:
         """Store the kept token ids: classes one after the other, rows within them in order."""
         if self.blueprint.keeps_tokens and self.extends is None:
             path = self.folder / TOKENS
-            with file_named(path), path.open("w+b") as file:
-                offset = lay_down(file, (self.blueprint.rows,), "int32")
-                reserve(file)
-                file.seek(offset)
-                file.write(ids.astype("<i4").tobytes())
+            with file_named(path), path.open("wb") as file:
+                file.write(encode_tokens(ids))
                 sync_file(file)
 
     def record_now_and_then(self) -> bool:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from probecache.engine import Rows
 
-__all__ = ["Took", "extract"]
+__all__ = ["Filling", "Took", "extract", "kept_tokens"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _run(
         with open_writer(
             output, blueprint, lambda: begin(prepared, planned, identity), info
         ) as writer:
-            filling = _Filling(writer, prepared, planned, existing, accept)
+            filling = Filling(writer, prepared, planned, existing, accept)
             identity = filling.fill(identity)
             _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
             writer.commit(identity, filling.timing(), filling.execution())
@@ -219,7 +219,7 @@ def _with_content(
 # ---------------------------------------------------------------- the run
 
 
-class _Filling:
+class Filling:
     """Puts every row into a writer that is not there yet: one passage after the other."""
 
     def __init__(
@@ -240,7 +240,7 @@ class _Filling:
 
     def fill(self, identity: Identity) -> Identity:
         """Run; return the identity with what is known of it only now."""
-        self._writer.write_tokens(_kept_tokens(self._prepared))
+        self._writer.write_tokens(kept_tokens(self._prepared))
         for passage in self._planned.passages:
             if not self._writer.done(passage.layers).all():
                 self._pass(passage, identity)
@@ -374,7 +374,7 @@ def _all_finite(values: torch.Tensor) -> bool:
     return not bool((values.view(torch.int16).numpy() & exponent == exponent).any())
 
 
-def _kept_tokens(prepared: Preparation) -> np.ndarray:
+def kept_tokens(prepared: Preparation) -> np.ndarray:
     """Kept token ids, classes one after the other, in row order."""
     by_class: dict[str, list[np.ndarray]] = {label: [] for label in prepared.dataset.labels}
     for example, prompt in zip(prepared.dataset.examples, prepared.prompts, strict=True):

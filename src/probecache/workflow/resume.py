@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 
-def begin(prepared: Preparation, planned: Plan, identity: Identity) -> Begun:
+def begin(
+    prepared: Preparation, planned: Plan, identity: Identity, *, repairs: bool = False
+) -> Begun:
     """What is written down before the first row."""
     assert planned.execution is not None
     blueprint = prepared.blueprint
@@ -45,6 +47,7 @@ def begin(prepared: Preparation, planned: Plan, identity: Identity) -> Begun:
         origin=blueprint.origin,
         execution=asdict(planned.execution),
         asked=_asked(prepared.request),
+        repairs=repairs,
     )
 
 
