@@ -1,6 +1,8 @@
 """What all tests share: one thread per process, no hub, and models that the tests make."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -10,7 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What tests learn of their models is no business of the user's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="probecache-tests-")
+_CACHE_HOME = tempfile.mkdtemp(prefix="probecache-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE_HOME
+atexit.register(shutil.rmtree, _CACHE_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
