@@ -16,6 +16,7 @@ import typer
 from probecache.errors import Interrupted, ProbecacheError, UsageError, printable
 from probecache.terminal import (
     print_cache,
+    print_import,
     print_plan,
     print_report,
     print_start,
@@ -394,6 +395,68 @@ def verify(
     print_report(report)
     if not report.whole:
         raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    old: Annotated[Path, typer.Argument(help="Folder of a cache of an earlier tool; only read.")],
+    new: Annotated[Path, typer.Argument(help="The new cache's folder; must be free.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or hub id, written down, not looked at.")
+    ] = None,
+    layer_convention: Annotated[
+        str | None,
+        typer.Option(
+            "--layer-convention",
+            help="What layer_N holds. residual: the stream after N blocks; hidden_states: entry N "
+            "of Hugging Face's, the last one normed; block: the output of block N, from 0.",
+        ),
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None, typer.Option("--num-hidden-layers", help="Blocks of the model.")
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            help="What the rows stand for: last or mean (one per example), all or answer.",
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--special-tokens",
+            help="Of all and mean: whether BOS and template tokens are in: kept or left-out.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="The data file that the old cache was made from, if known."),
+    ] = None,
+    allow_nonfinite: NonFiniteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a cache of an earlier tool into one of these.
+
+    Reads one stacked .pt per class, or one .pt per example. What the files do not record is asked
+    for; what nobody knows is stored as not recorded.
+    """
+    from probecache import api
+
+    cache = api.import_cache(
+        old,
+        new,
+        model=model,
+        layer_convention=layer_convention,
+        num_hidden_layers=num_hidden_layers,
+        positions=positions,
+        special_tokens=special_tokens,
+        data=data,
+        allow_nonfinite=allow_nonfinite,
+        quiet=quiet,
+        announce=print_import,
+    )
+    print_cache(cache, None)
 
 
 @app.command("make-validation")
