@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from probecache import errors as errors
 
 if TYPE_CHECKING:
-    from probecache.api import extract, plan_extraction, repair, train, validate, verify
+    from probecache.api import (
+        extract,
+        import_cache,
+        plan_extraction,
+        repair,
+        train,
+        validate,
+        verify,
+    )
     from probecache.fit import fit_difference_of_means
     from probecache.store.reader import Cache, open_cache
     from probecache.store.vectors import SavedVectors, load_vectors
@@ -25,6 +33,7 @@ __all__ = [
     "SavedVectors",
     "extract",
     "fit_difference_of_means",
+    "import_cache",
     "load_vectors",
     "open_cache",
     "plan_extraction",
@@ -39,6 +48,7 @@ _HOME = {
     "SavedVectors": "probecache.store.vectors",
     "extract": "probecache.api",
     "fit_difference_of_means": "probecache.fit",
+    "import_cache": "probecache.api",
     "load_vectors": "probecache.store.vectors",
     "open_cache": "probecache.store.reader",
     "plan_extraction": "probecache.api",

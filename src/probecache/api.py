@@ -18,6 +18,7 @@ from probecache.layers import parse_layers
 from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions
+from probecache.unrecorded import is_imported
 from probecache.workflow.train import require_class
 from probecache.workflow.train import train as train_on_cache
 from probecache.workflow.validate import (
@@ -34,10 +35,19 @@ if TYPE_CHECKING:
     from probecache.store.verify import Report
     from probecache.types import Identity
     from probecache.workflow.extract import Took
+    from probecache.workflow.import_old import ImportPlan
     from probecache.workflow.prepare import ExtractRequest, Plan
     from probecache.workflow.repair import Repair
 
-__all__ = ["extract", "plan_extraction", "repair", "train", "validate", "verify"]
+__all__ = [
+    "extract",
+    "import_cache",
+    "plan_extraction",
+    "repair",
+    "train",
+    "validate",
+    "verify",
+]
 
 Data = str | Path | Sequence[Mapping[str, Any]]
 Layers = str | int | Sequence[int]
@@ -134,6 +144,62 @@ def extract(
     from probecache.workflow.extract import extract as run
 
     return run(request, output, announce, finished=finished)
+
+
+def import_cache(
+    old: str | Path,
+    new: str | Path,
+    *,
+    model: str | None = None,
+    layer_convention: str | None = None,
+    num_hidden_layers: int | None = None,
+    positions: str | None = None,
+    special_tokens: str | None = None,
+    data: Data | None = None,
+    allow_nonfinite: bool = False,
+    quiet: bool = False,
+    announce: Callable[[ImportPlan], None] | None = None,
+) -> Cache:
+    """Turn a cache of an earlier tool into one of probecache.
+
+    What the old files do not record has no default: whatever is left out is asked for.
+
+    Args:
+        old: its folder, which is only read: `layer_N/CLASS_activations.pt` of [examples, hidden]
+            or [examples, 1, hidden], or `layer_N/CLASS/0.pt` of [1, tokens, hidden].
+        new: the cache's folder; must be free.
+        model: folder or hub id of the model, written down as told.
+        layer_convention: "residual": layer_N is the stream after N blocks, before the final norm;
+            "hidden_states": entry N of Hugging Face's hidden_states, whose last one is normed and
+            left out; "block": the output of block N, counted from 0.
+        num_hidden_layers: blocks of the model.
+        positions: "last" or "mean" of one row per example, "all" or "answer" of several.
+        special_tokens: "kept" or "left-out" of `all` and `mean`.
+        data: what the old cache was made from, in its order; None: examples have numbers alone.
+        allow_nonfinite: keep rows with NaN or Inf, counted, instead of stopping.
+        quiet: no progress on stderr.
+        announce: told what will be imported before a row is read.
+
+    Returns:
+        The finished cache. Fields of its identity that nobody knows equal nothing else.
+
+    Raises:
+        ProbecacheError: something is not told, or a file is not understood; nothing is left.
+    """
+    from probecache.workflow import import_old as module
+
+    request = module.ImportRequest(
+        old=Path(old),
+        model=model,
+        layer_convention=_choice(module.LayerConvention, layer_convention, "layer_convention"),
+        num_hidden_layers=num_hidden_layers,
+        positions=_choice(Positions, positions, "positions"),
+        special_tokens=_choice(module.SpecialTokens, special_tokens, "special_tokens"),
+        data=data,
+        allow_nonfinite=allow_nonfinite,
+        quiet=quiet,
+    )
+    return module.import_cache(request, new, announce)
 
 
 def plan_extraction(
@@ -456,6 +522,8 @@ def _cached_layers(layers: Layers | None, cache: Cache) -> tuple[int, ...] | Non
 def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
     """Options that render and run prompts as those that the vectors were trained on."""
     identity = vectors.info.identity
+    if is_imported(identity):  # how its prompts were rendered is not recorded
+        return {"dtype": identity.dtype}
     return {
         "dtype": identity.dtype,
         "system_prompt": identity.system_prompt,

@@ -13,9 +13,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probecache.cli_options import (
+    AdapterOption,
+    AllowOption,
+    BatchOption,
+    DataOption,
+    DateOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    KeepSpecialOption,
+    LayersOption,
+    MaybeCache,
+    MaybeData,
+    MaybeLayers,
+    MaybeModel,
+    MemoryOption,
+    ModelOption,
+    NonFiniteOption,
+    NoSharingOption,
+    NoTemplateOption,
+    PositionsOption,
+    QuietOption,
+    RevisionOption,
+    SystemOption,
+    TruncateOption,
+)
 from probecache.errors import Interrupted, ProbecacheError, UsageError, printable
 from probecache.terminal import (
     print_cache,
+    print_import,
     print_plan,
     print_repair,
     print_report,
@@ -39,116 +67,6 @@ app = typer.Typer(
 
 _REFUSED, _INTERRUPTED = 2, 130
 _signals: list[int] = []  # that asked this process to stop
-
-# ---------------------------------------------------------------- options that commands share
-
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Folder or hub id of a Hugging Face causal LM or encoder.")
-]
-MaybeModel = Annotated[
-    str | None,
-    typer.Option("--model", help="Run this model instead of reading --cache (folder or hub id)."),
-]
-DataOption = Annotated[
-    Path, typer.Option("--data", help="Data file: .json array, .jsonl or .csv; pairs or labelled.")
-]
-MaybeData = Annotated[
-    Path | None,
-    typer.Option("--data", help="Data file; with --cache it must be what the cache was made from."),
-]
-MaybeCache = Annotated[
-    Path | None, typer.Option("--cache", help="Folder of a finished cache, instead of --model.")
-]
-LayersOption = Annotated[
-    str,
-    typer.Option(
-        "--layers",
-        help="10,20,23 or 10-70:10 or all; negatives count from the end. Layer L is the residual "
-        "stream after L blocks: 0 = embeddings.",
-    ),
-]
-MaybeLayers = Annotated[
-    str | None,
-    typer.Option("--layers", help="Some of the layers; left out: all that cache or vectors hold."),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, float16 or bfloat16 [default: the checkpoint's own]."),
-]
-PositionsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--positions",
-        help="Tokens to keep: last, mean, all or answer [default: last for pairs, else all].",
-    ),
-]
-SystemOption = Annotated[
-    str | None, typer.Option("--system-prompt", help="System turn put before every prompt.")
-]
-NoTemplateOption = Annotated[
-    bool, typer.Option("--no-chat-template", help="Feed raw text instead of the chat template.")
-]
-KeepSpecialOption = Annotated[
-    bool,
-    typer.Option(
-        "--keep-special-tokens", help="Let all and mean keep BOS, special and template tokens."
-    ),
-]
-TruncateOption = Annotated[
-    bool,
-    typer.Option("--truncate", help="Cut the end of texts longer than the model's context."),
-]
-DateOption = Annotated[
-    str | None, typer.Option("--template-date", help="YYYY-MM-DD, for templates that tell a date.")
-]
-AllowOption = Annotated[
-    list[str] | None, typer.Option("--allow-mismatch", help="Field that may differ; repeat.")
-]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
-]
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="Folder or hub id of a PEFT adapter.")
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, mps [default: the best there is]."),
-]
-DeviceMapOption = Annotated[
-    str | None, typer.Option("--device-map", help="auto spreads the model over all devices.")
-]
-BatchOption = Annotated[
-    int | None,
-    typer.Option("--batch-tokens", min=1, help="Most tokens per forward pass."),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        help="resident: the model in memory; stream: one block after the other; auto: whichever "
-        "fits [default: auto].",
-    ),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        help="Most memory to take, such as 8GB: in RAM, or on the GPU [default: what there is].",
-    ),
-]
-NoSharingOption = Annotated[
-    bool,
-    typer.Option(
-        "--no-shared-prefixes",
-        help="Run whole prompts in padded batches instead of computing shared prefixes once.",
-    ),
-]
-NonFiniteOption = Annotated[
-    bool,
-    typer.Option("--allow-nonfinite", help="Keep NaN and Inf, counted, instead of stopping."),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-
 
 # ---------------------------------------------------------------- commands
 
@@ -421,6 +339,68 @@ def verify(
         report = repaired.after
     if not report.whole:
         raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    old: Annotated[Path, typer.Argument(help="Folder of a cache of an earlier tool; only read.")],
+    new: Annotated[Path, typer.Argument(help="The new cache's folder; must be free.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or hub id, written down, not looked at.")
+    ] = None,
+    layer_convention: Annotated[
+        str | None,
+        typer.Option(
+            "--layer-convention",
+            help="What layer_N holds. residual: the stream after N blocks; hidden_states: entry N "
+            "of Hugging Face's, the last one normed; block: the output of block N, from 0.",
+        ),
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None, typer.Option("--num-hidden-layers", help="Blocks of the model.")
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            help="What the rows stand for: last or mean (one per example), all or answer.",
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--special-tokens",
+            help="Of all and mean: whether BOS and template tokens are in: kept or left-out.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="The data file that the old cache was made from, if known."),
+    ] = None,
+    allow_nonfinite: NonFiniteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a cache of an earlier tool into one of these.
+
+    Reads one stacked .pt per class, or one .pt per example. What the files do not record is asked
+    for; what nobody knows is stored as not recorded.
+    """
+    from probecache import api
+
+    cache = api.import_cache(
+        old,
+        new,
+        model=model,
+        layer_convention=layer_convention,
+        num_hidden_layers=num_hidden_layers,
+        positions=positions,
+        special_tokens=special_tokens,
+        data=data,
+        allow_nonfinite=allow_nonfinite,
+        quiet=quiet,
+        announce=print_import,
+    )
+    print_cache(cache, None)
 
 
 @app.command("make-validation")

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from probecache.store.vectors import SavedVectors
     from probecache.store.verify import Report
     from probecache.workflow.extract import Took
+    from probecache.workflow.import_old import ImportPlan
     from probecache.workflow.prepare import Plan
     from probecache.workflow.repair import Repair
     from probecache.workflow.validate import Validation
 
 __all__ = [
     "print_cache",
+    "print_import",
     "print_plan",
     "print_repair",
     "print_report",
@@ -72,6 +74,34 @@ def _way(planned: Plan) -> str:
     if planned.execution.engine == "stream":
         words.append("block by block")
     return "".join(f", {word}" for word in words)
+
+
+def print_import(planned: ImportPlan) -> None:
+    """An import about to read rows: what was found, and how it is understood."""
+    blueprint, request = planned.blueprint, planned.request
+    classes = (
+        f"{label} ({_count(blueprint.classes[label].examples, 'example')}, files of {name})"
+        for name, label in planned.labels.items()
+    )
+    renumbered = any(old != ours for old, ours in planned.layers.items())
+    layers = format_layers(sorted(planned.layers.values()))
+    _say(
+        f"Importing {request.old}: {', '.join(classes)}; {blueprint.rows:,} rows of "
+        f"{blueprint.hidden_size} x {blueprint.dtype} per layer, positions {blueprint.positions}"
+    )
+    _say(
+        f"  layers {format_layers(sorted(planned.layers))}"
+        + (f", which are layers {layers} here" if renumbered else "")
+    )
+    if planned.normed:
+        _say(
+            f"Note: layer {planned.normed[0]} is left out: the last of hidden_states has gone "
+            "through the final norm"
+        )
+    unread = planned.old.unread
+    if unread:
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        _say(f"Note: not read: {', '.join(unread[:5])}{more}")
 
 
 def print_plan(planned: Plan) -> None:

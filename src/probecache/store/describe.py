@@ -13,6 +13,7 @@ from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import Cache, open_cache, what_is_at
 from probecache.store.vectors import SavedVectors, load_vectors
 from probecache.types import Identity
+from probecache.unrecorded import is_imported, is_recorded
 
 __all__ = ["describe"]
 
@@ -96,6 +97,8 @@ def _cache(cache: Cache) -> list[tuple[str, str]]:
 def _execution(execution: dict[str, str]) -> str:
     if not execution:
         return "not recorded"
+    if "imported" in execution:
+        return f"not recorded: imported from {execution['imported']}"
     return f"{execution.get('engine')} engine, {execution.get('batches')}"
 
 
@@ -114,7 +117,21 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
     ]
 
 
+def _imported(identity: Identity) -> list[tuple[str, str]]:
+    """What is known of the model of an imported cache, and the names of what is not."""
+    values = {name: getattr(identity, name) for name in Identity.__dataclass_fields__}
+    unknown = [name for name, v in values.items() if isinstance(v, str) and not is_recorded(v)]
+    return [
+        ("model", f"{identity.model} (as told; {identity.num_hidden_layers} blocks)"),
+        ("hidden size", str(identity.hidden_size)),
+        ("dtype", f"{identity.dtype} of the rows; the model's own is not recorded"),
+        ("not recorded", ", ".join(sorted(["weights", *unknown]))),
+    ]
+
+
 def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str, str]]:
+    if is_imported(identity):
+        return _imported(identity)
     name = identity.model + (f" @ {identity.revision}" if identity.revision else "")
     versions = ", ".join(f"{name} {number}" for name, number in identity.versions.items())
     return [

@@ -71,7 +71,8 @@ class ExampleRecord:
     """One entry of metadata.json.
 
     `rows` is [start, stop) in the class's activation files; `n_tokens` counts the tokens that
-    these rows stand for (1 for `last`), `input_tokens` what the model was fed.
+    these rows stand for (1 for `last`), `input_tokens` what the model was fed, 0 where that is not
+    recorded.
 
     A dataclass and no model: a cache may hold a million, and a model takes five times the memory.
     Its schema is checked where entries are read from a file.
@@ -91,7 +92,7 @@ class ExampleRecord:
     category: str | None = None
     rows: tuple[int, int]
     n_tokens: Annotated[int, Field(ge=1)]
-    input_tokens: Annotated[int, Field(ge=1)]
+    input_tokens: Annotated[int, Field(ge=0)]
 
 
 class PlainRecord(BaseModel):

@@ -37,6 +37,7 @@ from probecache.store.tensorfile import (
     require_size,
     require_tensor_size,
 )
+from probecache.unrecorded import is_imported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +156,8 @@ class Cache:
         if not 0 <= layer <= deepest:
             command = self._command_that_adds("LAYER")
             remedy = f"the model has layers 0 to {deepest}; add one of these with: {command}"
+        if is_imported(self.identity):
+            remedy = "it was imported, and no layer can be added: extract it into another cache"
         raise LayerNotCachedError(
             f"Layer {layer} not found in cache {self.path}: cached layers are "
             f"{', '.join(map(str, self.layers))}; {remedy}"

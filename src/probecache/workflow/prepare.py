@@ -20,7 +20,7 @@ from probecache.atomic import free_bytes, real_path
 from probecache.content import tokenizer_content
 from probecache.dataset import Dataset, load_dataset
 from probecache.dates import choose_day
-from probecache.errors import OutputError
+from probecache.errors import MismatchError, OutputError
 from probecache.identity import EXTENDING, require_fields
 from probecache.layers import parse_layers
 from probecache.models import ModelOptions, ModelSource, open_model
@@ -30,6 +30,7 @@ from probecache.store.journal import find_unfinished
 from probecache.store.layout import LAYER_INFO, UNFINISHED, Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.types import Identity, Positions, TokenizedPrompt
+from probecache.unrecorded import is_imported
 from probecache.workflow.execution import (
     EngineName,
     Execution,
@@ -274,7 +275,14 @@ def _bytes_to_write(blueprint: Blueprint, identity: Identity, existing: Cache | 
 def existing_cache(output: Path) -> Cache | None:
     """The cache that is there already, or None for a free place."""
     if output.is_dir() and (output / LAYER_INFO).is_file():
-        return open_cache(output)
+        found = open_cache(output)
+        if is_imported(found.identity):
+            raise MismatchError(
+                f"expected --output {output} to be a cache that records what it was made by, got "
+                "one that was imported, whose weights, tokenizer and prompts nobody knows; extract "
+                "into another folder"
+            )
+        return found
     if output.exists() and not (output.is_dir() and _is_free(output)):
         raise OutputError(
             f"expected --output {output} to be free or a cache to add layers to, but it holds "
