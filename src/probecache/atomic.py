@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = [
     "file_named",
     "flush_folder",
     "free_bytes",
+    "open_own",
     "real_path",
     "rename_free",
     "require_place",
@@ -91,11 +93,24 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def open_own(path: Path, *, new: bool) -> BinaryIO:
+    """A file of ours for reading and writing; never what a link of that name leads to.
+
+    Args:
+        new: create it; whatever bears the name goes.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    if new:
+        path.unlink(missing_ok=True)
+        flags |= os.O_CREAT | os.O_EXCL
+    return os.fdopen(os.open(path, flags, 0o666), "w+b" if new else "r+b")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace or create `path` so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
     try:
-        with file_named(path), temporary.open("wb") as file:
+        with file_named(path), open_own(temporary, new=True) as file:
             file.write(content)
             sync_file(file)
         temporary.replace(path)

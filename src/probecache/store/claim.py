@@ -132,9 +132,9 @@ def _take(folder: Path) -> Claim:
 def _create(path: Path, owner: _Owner) -> int | None:
     """Make the claim, whole from the first moment; None where there is one."""
     temporary = path.with_name(f".{_NAME}.{os.getpid()}-{owner.token}.tmp")
-    temporary.write_text(json.dumps(asdict(owner)))
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        os.write(handle, json.dumps(asdict(owner)).encode())
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:

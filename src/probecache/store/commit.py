@@ -84,6 +84,8 @@ def _with_cached(new: LayerInfo, final: Path, repairs: bool) -> LayerInfo:
 
 def _move(source: Path, target: Path) -> None:
     if source.exists():
+        if target.parent.is_symlink():
+            raise OutputError(f"expected {target.parent} to be a folder, got a link; remove it")
         target.parent.mkdir(exist_ok=True)
         source.replace(target)
     elif not target.is_file():  # neither moved before a kill nor of the cache that is extended

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from probecache.atomic import file_named
+from probecache.atomic import file_named, open_own
 from probecache.store.tensorfile import data_offset, lay_down, reserve
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ class FillingFile:
         self._hidden = shape[1]
         self.checksums = checksums
         if done is None:
-            self._file: BinaryIO = path.open("w+b")
+            self._file: BinaryIO = open_own(path, new=True)
             with file_named(path):
                 self.offset = lay_down(self._file, shape, dtype)
                 reserve(self._file)
             self.done = np.zeros(len(starts) - 1, dtype=np.bool_)
         else:
-            self._file = path.open("r+b")
+            self._file = open_own(path, new=False)
             self.offset = data_offset(self._file)
             self.done = done
         self._places = [self.offset + start * self._row_bytes for start in starts]

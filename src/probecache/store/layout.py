@@ -31,6 +31,7 @@ from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Positio
 __all__ = [
     "LAYER_INFO",
     "METADATA",
+    "ONLY_CONVENTION",
     "TOKENS",
     "UNFINISHED",
     "Blueprint",
@@ -51,6 +52,8 @@ UNFINISHED = "unfinished"  # folder of an extraction that is not finished, in th
 _GUIDE_PREFIXES = {"testing": "test", "deployment": "deploy"}
 _PREFIX = r"^[A-Za-z0-9_-]{1,64}$"
 _BLOCK = 4096
+_MOST_ROWS = 1 << 60
+ONLY_CONVENTION = f"^{re.escape(LAYER_CONVENTION)}$"
 _DEEPEST = 100_000  # no model has more blocks; a forged manifest may claim to
 # Room in the manifest for what is known at the end: counts of tokens, how prompts went through.
 _MANIFEST_SLACK = 2048
@@ -131,13 +134,13 @@ class LayerInfo(BaseModel):
     hidden_size: int = Field(ge=1)
     dtype: Dtype
     positions: Positions
-    layer_convention: str = LAYER_CONVENTION
+    layer_convention: str = Field(default=LAYER_CONVENTION, pattern=ONLY_CONVENTION)
     classes: dict[str, ClassRecord]
     identity: Identity
     origin: Origin
     timing: dict[str, int]
     execution: dict[str, str] = Field(default_factory=dict)
-    non_finite: dict[int, int] = Field(default_factory=dict)
+    non_finite: dict[int, Annotated[int, Field(ge=0, le=_MOST_ROWS)]] = Field(default_factory=dict)
     files: dict[str, FileRecord | PlainRecord]
     manifest_sha256: str = NO_SEAL
 

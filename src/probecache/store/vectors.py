@@ -30,6 +30,7 @@ from probecache.atomic import (
     temporary_sibling,
 )
 from probecache.errors import StoreError
+from probecache.store.layout import ONLY_CONVENTION
 from probecache.store.reader import WIDEST, read_manifest
 from probecache.store.seal import NO_SEAL, record_files, seal_json
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
@@ -83,7 +84,7 @@ class VectorsInfo(BaseModel):
     method: str
     positive_class: str
     negative_class: str
-    layer_convention: str = LAYER_CONVENTION
+    layer_convention: str = Field(default=LAYER_CONVENTION, pattern=ONLY_CONVENTION)
     hidden_size: int = Field(ge=1)
     layers: dict[int, LayerRecord] = Field(min_length=1)
     layers_without_direction: list[int] = Field(default_factory=list)

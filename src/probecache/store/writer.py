@@ -28,6 +28,7 @@ import numpy as np
 from probecache.atomic import (
     disk_errors_named,
     file_named,
+    open_own,
     real_path,
     sha256_of_file,
     sync_file,
@@ -149,7 +150,7 @@ class CacheWriter:
         """Store the kept token ids: classes one after the other, rows within them in order."""
         if self.blueprint.keeps_tokens and self.extends is None:
             path = self.folder / TOKENS
-            with file_named(path), path.open("wb") as file:
+            with file_named(path), open_own(path, new=True) as file:
                 file.write(encode_tokens(ids))
                 sync_file(file)
 
@@ -221,7 +222,7 @@ class CacheWriter:
             with suppress(FileNotFoundError):
                 (self.folder / TOKENS).unlink()
         for layer in self.blueprint.layers:
-            (self.folder / f"layer_{layer}").mkdir(exist_ok=True)
+            _make_folder(self.folder / f"layer_{layer}")
             if done is not None:
                 self._checksums[layer] = self._read_checksums(layer)
         jobs = [(layer, label) for layer in self.blueprint.layers for label in self._members]
@@ -280,7 +281,7 @@ class CacheWriter:
 
     def _write_checksums(self, layer: int) -> None:
         path = self.folder / checksums_path(layer)
-        with file_named(path), path.open("r+b" if path.exists() else "w+b") as file:
+        with file_named(path), open_own(path, new=not path.exists()) as file:
             file.write(self._checksums[layer].tobytes())
             sync_file(file)
 
@@ -317,6 +318,12 @@ class CacheWriter:
             with (self.folder / TOKENS).open("rb") as file:
                 offsets[TOKENS] = data_offset(file)
         return hashes, offsets
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_symlink():
+        raise OutputError(f"expected {folder} to be a folder, got a link; remove it")
+    folder.mkdir(exist_ok=True)
 
 
 def _members(blueprint: Blueprint) -> dict[str, NDArray[np.int64]]:
