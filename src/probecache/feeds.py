@@ -232,7 +232,7 @@ class TreeWork:
         """
         starts = np.array([step.start for step in self.steps])
         ends = self.tree.ends[~done]
-        wanted = {int(n) for n in np.searchsorted(starts, ends, side="right") - 1}
+        wanted = {*np.unique(np.searchsorted(starts, ends, side="right") - 1).tolist()}
         needed: set[int] = set()
         while wanted:
             number = wanted.pop()
@@ -252,7 +252,9 @@ class TreeWork:
         """Where the step begins that follows the one which ends at `stop`."""
         number = bisect_right(self._starts, stop - 1)
         inside = number and stop < self.steps[number - 1].stop  # a step was cut in two
-        return stop if inside or number == len(self.steps) else self._starts[number]
+        if inside:
+            return stop
+        return self._starts[number] if number < len(self.steps) else len(self.tree)
 
     @cached_property
     def _starts(self) -> list[int]:
