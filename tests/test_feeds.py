@@ -100,6 +100,22 @@ def assert_equal(found, expected):
         assert torch.equal(found[key], rows)
 
 
+@given(prompt_sets(), st.integers(1, 30), st.booleans())
+def test_a_token_is_found_at_its_place_among_those_of_its_step(prompts, budget, in_packs):
+    work = (shared if in_packs else padded)(prompts, budget)
+    if in_packs:
+        made = [work.tree.pack(step.start, step.stop, 16) for step in work.steps]
+    else:
+        made = [work.feed(step, Context(), Fake()) for step in work.steps]
+    for index, one in enumerate(prompts):
+        depths = np.arange(len(one))
+        numbers, within = work.places(np.full(len(one), index), depths)
+        for depth, number, place in zip(depths, numbers, within, strict=True):
+            owner = made[number].owners[place]
+            assert made[number].depths[place] == depth
+            assert prompts[owner].ids[: depth + 1].tolist() == one.ids[: depth + 1].tolist()
+
+
 # ---------------------------------------------------------------- rows
 
 
