@@ -6,6 +6,8 @@ Packs go through the whole model here, one after the other, without any engine.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +227,27 @@ def test_a_mask_that_a_model_cuts_down_is_an_error_unless_all_of_it_stays(models
     assert mask[:, :, :, :] is mask
     with pytest.raises(TypeError, match="a mask cut to"):
         mask[:, :, :3, :]
+
+
+def test_keys_and_values_that_a_model_made_are_never_written_to():
+    """It may keep them for later blocks, as Gemma 4 does."""
+    texts = [[1, 5, 6, 7, 8], [1, 9, 10, 11], [1, 12, 13]]
+    kept = np.arange(1, dtype="i4")
+    tree = PrefixTree([TokenizedPrompt(np.array(ids, "i4"), kept) for ids in texts])
+
+    def attention(_module, query, *_rest):
+        return query.transpose(1, 2), None
+
+    context, made = {}, []
+    mask = SimpleNamespace(on=lambda *_: [None])
+    for start, stop in ((0, 5), (5, 8), (8, 10)):
+        pack = tree.pack(start, stop, 16)
+        own = [torch.randn(1, 2, stop - start, 4) for _ in range(3)]
+        made += [(one, one.clone()) for one in own]
+        running = PackPass(pack, context)
+        running.attend(attention, None, *own, mask)
+        assert all(torch.equal(now, then) for now, then in made)
+        context = running.carried
 
 
 # ---------------------------------------------------------------- configs

@@ -7,7 +7,6 @@ Models are real and tiny; where memory must run out, a forward is made to raise 
 from __future__ import annotations
 
 import gc
-import random
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +19,8 @@ from families import (
     plain_layers,
     relative_difference,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from works import (
     KINDS,
     Known,
@@ -39,7 +40,7 @@ from probecache.feeds import PaddedWork, TreeWork
 from probecache.models import ModelOptions, open_model
 from probecache.plan import Batch, Stretch
 from probecache.prefixes import PrefixTree
-from probecache.types import Dtype
+from probecache.types import Dtype, TokenizedPrompt
 
 LAYERS = tuple(range(BLOCKS + 1))
 WHOLE = 10_000  # a budget that everything goes into at once
@@ -70,19 +71,109 @@ def one_by_one(prompts):
 # ---------------------------------------------------------------- going on in the middle
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_moe", "gemma3", "gpt2", "deepseek_v3"])
-@pytest.mark.parametrize("mean", [False, True], ids=["all", "mean"])
-def test_the_rows_that_are_left_are_those_of_the_whole_run_bit_for_bit(folders, name, kind, mean):
-    prompts = prompts_of(folders(name))
-    model, chance = ResidentEngine(loaded(folders(name))), random.Random(name)
-    for budget in (7, 20, 50):
-        work = kind(prompts, budget, mean=mean)
-        whole = run(model, work, LAYERS)
-        for share in (0.0, 0.3, 0.7, 0.95, 1.0):
-            done = np.array([chance.random() < share for _ in prompts])
-            left = sorted_out(model.run(work.remaining(done), LAYERS), work)
-            wanted = {key: rows for key, rows in whole.items() if not done[key[1]]}
-            assert equal(left, wanted), (budget, share)
+# Dense, sliding windows, experts, both in turn, keys of two parts.
+GOING_ON = ["llama", "mistral", "qwen3_moe", "gpt_oss", "gemma3", "gpt2", "deepseek_v3"]
+
+
+@pytest.fixture(scope="module")
+def engines(folders):
+    """Engines by family, each loaded once."""
+    made = {}
+
+    def engine_of(name):
+        if name not in made:
+            made[name] = ResidentEngine(loaded(folders(name)))
+        return made[name]
+
+    return engine_of
+
+
+def without(rows, done):
+    """Those of the prompts that are not done."""
+    return {key: values for key, values in rows.items() if not done[key[1]]}
+
+
+@st.composite
+def branching(draw):
+    """Prompts of few different ids, long against a step, and which of them are done."""
+    ids = st.lists(st.integers(3, 5), min_size=1, max_size=9)
+    drawn = draw(st.lists(ids, min_size=1, max_size=7))
+    for old in draw(st.lists(st.sampled_from(drawn), max_size=4)):
+        drawn.append(old[: draw(st.integers(1, len(old)))] + draw(ids))
+    kept = {
+        "last": lambda count: [count - 1],
+        "all": range,
+        "some": lambda count: sorted(draw(st.sets(st.integers(0, count - 1), min_size=1))),
+    }[draw(st.sampled_from(["last", "all", "some"]))]
+    prompts = [
+        TokenizedPrompt(np.array(one, np.int32), np.array(kept(len(one)), np.int32))
+        for one in drawn
+    ]
+    return prompts, np.array([draw(st.booleans()) for _ in prompts])
+
+
+@pytest.mark.parametrize("name", GOING_ON)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(drawn=branching(), budget=st.integers(1, 24), tile=st.sampled_from([2, 5, 16]))
+@pytest.mark.parametrize("mean", [False, True], ids=["rows", "mean"])
+def test_the_rows_that_are_left_are_those_of_the_whole_run_bit_for_bit(
+    engines, name, drawn, budget, tile, mean
+):
+    prompts, done = drawn
+    for work in (shared(prompts, budget, tile=tile, mean=mean), padded(prompts, budget, mean=mean)):
+        whole = run(engines(name), work, LAYERS)
+        left = sorted_out(engines(name).run(work.remaining(done), LAYERS), work)
+        assert equal(left, without(whole, done))
+
+
+def test_nothing_is_run_when_all_is_done(engines, kind, folders):
+    work, told = kind(prompts_of(folders("llama"))), []
+    done = np.ones(len(work.prompts), dtype=bool)
+    assert list(engines("llama").run(work.remaining(done), LAYERS, None, told.append)) == []
+    assert told == []
+
+
+def replayed(work, number):
+    """Steps that a run computes again which was stopped after so many."""
+    done = work.tree.ends < work.steps[number].start
+    again = [step for step in work.remaining(done).steps if step.start < work.steps[number].start]
+    return len(again)
+
+
+def test_pairs_behind_one_system_prompt_need_few_steps_again():
+    chance = np.random.default_rng(0)
+    system, prompts = chance.integers(3, 250, 40), []
+    for _ in range(200):
+        question = chance.integers(3, 250, chance.integers(10, 60))
+        for _ in range(2):
+            ids = np.concatenate([system, question, chance.integers(3, 250, 12)])
+            prompts.append(TokenizedPrompt(ids.astype(np.int32), np.array([5], np.int32)))
+    work = shared(prompts, 512)
+    assert len(work.steps) > 20
+    # All stand under the system prompt in the first step.
+    assert {replayed(work, number) for number in range(1, len(work.steps))} == {1}
+
+
+def test_a_long_prompt_over_many_steps_needs_its_own_again_and_no_others():
+    chance = np.random.default_rng(0)
+    lengths = [30, 30, 900, 30, 30]
+    prompts = [
+        TokenizedPrompt(
+            np.concatenate([[1, first], chance.integers(3, 250, count)]).astype(np.int32),
+            np.array([count], np.int32),
+        )
+        for first, count in enumerate(lengths, 3)
+    ]
+    work = shared(prompts, 100)
+    first = int(work.tree.bounds[2])
+    touched = [step for step in work.steps if step.stop > first and step.start < first + 901]
+    assert len(touched) > 8
+    done = np.array([True, True, False, True, True])
+    left = work.remaining(done).steps
+    # BOS is in the first.
+    assert left == [work.steps[0], *(step for step in touched if step != work.steps[0])]
+    after = work.remaining(np.array([True, True, True, True, False])).steps
+    assert len(after) <= 2
 
 
 def test_steps_may_still_be_halved_when_a_run_goes_on(folders, monkeypatch):

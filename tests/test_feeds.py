@@ -6,6 +6,8 @@ right is known without any attention.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ from works import padded, prompts_of, shared
 from probecache.errors import PreflightError
 from probecache.feeds import Context, PaddedWork, TreeWork
 from probecache.models import ModelOptions, open_model
-from probecache.plan import Batch, plan_batches
+from probecache.plan import Batch, Stretch, plan_batches
+from probecache.prefixes import PrefixTree
 from probecache.types import TokenizedPrompt
 
 WIDTH, PAD = 5, 9
@@ -50,6 +53,12 @@ def stream_of(feed, prompts, layer, dtype=torch.float32):
         for owner, depth in zip(feed.owners, feed.depths, strict=True)
     ]
     return torch.stack(rows).view(*feed.shape, WIDTH)
+
+
+def cut_at(prompts, *cuts):
+    """Packs of the prefix tree with these tokens of the walk at their beginnings."""
+    tree = PrefixTree(prompts)
+    return TreeWork(tree, [Stretch(*ends) for ends in pairwise([0, *cuts, len(tree)])], 16)
 
 
 def passed(work, dtype=torch.float32):
@@ -89,6 +98,22 @@ def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for key, rows in expected.items():
         assert torch.equal(found[key], rows)
+
+
+@given(prompt_sets(), st.integers(1, 30), st.booleans())
+def test_a_token_is_found_at_its_place_among_those_of_its_step(prompts, budget, in_packs):
+    work = (shared if in_packs else padded)(prompts, budget)
+    if in_packs:
+        made = [work.tree.pack(step.start, step.stop, 16) for step in work.steps]
+    else:
+        made = [work.feed(step, Context(), Fake()) for step in work.steps]
+    for index, one in enumerate(prompts):
+        depths = np.arange(len(one))
+        numbers, within = work.places(np.full(len(one), index), depths)
+        for depth, number, place in zip(depths, numbers, within, strict=True):
+            owner = made[number].owners[place]
+            assert made[number].depths[place] == depth
+            assert prompts[owner].ids[: depth + 1].tolist() == one.ids[: depth + 1].tolist()
 
 
 # ---------------------------------------------------------------- rows
@@ -132,7 +157,7 @@ def test_a_step_in_which_no_prompt_ends_gives_no_rows_and_no_means():
 
 def test_only_rows_that_a_later_prompt_may_keep_are_carried():
     prompts = [prompt(range(10), [7, 9]), prompt([*range(9), 30], [8])]
-    work, context = shared(prompts, 4), Context()
+    work, context = cut_at(prompts, 3, 7), Context()
     carried = []
     for step in work.steps:
         feed = work.feed(step, context, Fake())
@@ -140,7 +165,6 @@ def test_only_rows_that_a_later_prompt_may_keep_are_carried():
         feed.finish(0)
         carried.append(len(context.rows.get(0, ())))
     # Nothing above depth 7 is kept.
-    assert [step.stop for step in work.steps] == [3, 7, 11]
     assert carried == [0, 0, 0]
     work, context = shared(prompts, 1), Context()
     for step in work.steps[:9]:
@@ -282,3 +306,22 @@ def test_a_tree_work_has_the_prompts_of_its_tree():
     work = shared(prompts)
     assert isinstance(work, TreeWork)
     assert work.prompts is prompts
+
+
+# ---------------------------------------------------------------- what is left when some are done
+
+
+@pytest.mark.parametrize("work", [padded, shared])
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=4, max_size=12),
+    budget=st.integers(1, 5),
+    chance=st.randoms(use_true_random=False),
+)
+def test_rows_of_what_is_left_are_those_of_the_prompts_that_are_not_done(
+    work, prompts, budget, chance
+):
+    prompts = [prompt(ids, range(chance.randrange(len(ids)), len(ids))) for ids in prompts]
+    left = {chance.randrange(len(prompts)) for _ in range(chance.randint(0, 3))}
+    done = np.array([number not in left for number in range(len(prompts))])
+    expected = {key: rows for key, rows in expected_rows(prompts).items() if key[1] in left}
+    assert_equal(passed(work(prompts, budget).remaining(done)), expected)

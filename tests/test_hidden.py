@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probecache import hidden
+from probecache import hidden, snapshots
 from probecache.errors import OutputError
 from probecache.hidden import HiddenStates
 
@@ -150,8 +150,8 @@ def test_unused_states_close_without_a_file(place):
 
 def test_a_write_that_the_system_cuts_short_goes_on(monkeypatch, tmp_path):
     pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(hidden.os, "pwrite", lambda f, data, at: pwrite(f, data[:5], at))
-    monkeypatch.setattr(hidden.os, "preadv", lambda f, parts, at: preadv(f, [parts[0][:7]], at))
+    monkeypatch.setattr(snapshots.os, "pwrite", lambda f, data, at: pwrite(f, data[:5], at))
+    monkeypatch.setattr(snapshots.os, "preadv", lambda f, parts, at: preadv(f, [parts[0][:7]], at))
     rows = rows_of(10)
     with HiddenStates(10, tmp_path) as states:
         states.write(0, rows)
@@ -163,7 +163,7 @@ def full_disk(*_arguments):
 
 
 def test_a_full_disk_is_an_error_that_says_how_much_was_wanted(monkeypatch, tmp_path):
-    monkeypatch.setattr(hidden.os, "pwrite", full_disk)
+    monkeypatch.setattr(snapshots.os, "pwrite", full_disk)
     with HiddenStates(1000, tmp_path) as states:
         for offset in range(0, 30, 10):
             if offset < 20:
@@ -174,7 +174,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_was_wanted(monkeypatch, tmp_
 
 
 def test_a_full_disk_is_an_error_also_where_the_rows_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(hidden.os, "pwrite", full_disk)
+    monkeypatch.setattr(snapshots.os, "pwrite", full_disk)
     with HiddenStates(10, tmp_path) as states:
         states.write(0, rows_of(10))
         with pytest.raises(OutputError):
@@ -185,7 +185,7 @@ def test_rows_whose_write_failed_are_an_error_and_not_those_before(monkeypatch, 
     with HiddenStates(10, tmp_path) as states:
         states.write(0, rows_of(10))
         states.read(0, 10)
-        monkeypatch.setattr(hidden.os, "pwrite", full_disk)
+        monkeypatch.setattr(snapshots.os, "pwrite", full_disk)
         states.write(0, rows_of(10, seed=1))
         states.expect(0, 10)
         with pytest.raises(OutputError, match="No space left"):
@@ -193,7 +193,7 @@ def test_rows_whose_write_failed_are_an_error_and_not_those_before(monkeypatch, 
 
 
 def test_a_file_that_is_shorter_than_what_was_written_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(hidden.os, "pwrite", lambda _file, data, _at: len(data))
+    monkeypatch.setattr(snapshots.os, "pwrite", lambda _file, data, _at: len(data))
     with HiddenStates(10, tmp_path) as states:
         states.write(0, rows_of(10))
         with pytest.raises(OutputError, match="a shorter file"):

@@ -243,3 +243,7 @@ def test_a_path_leads_from_the_root_along_the_tokens_own_prompt(texts):
         above = [walk[one] for one in tree.path(token)]
         assert above == [prefix[: depth + 1] for depth in range(len(prefix) - 1)]
     assert [walk[end] for end in tree.ends] == [tuple(ids) for ids in texts]
+    for index, ids in enumerate(texts):
+        depths = np.arange(len(ids))
+        tokens = tree.tokens(np.full(len(ids), index), depths)
+        assert [walk[token] for token in tokens] == [tuple(ids[: depth + 1]) for depth in depths]

@@ -4,21 +4,25 @@ a model that is left as it was found.
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
+from concurrent.futures import wait
 
+import numpy as np
 import pytest
 import torch
 from families import BLOCKS, FAMILIES
 from works import KINDS, Known, equal, largest_difference, padded, prompts_of, run, shared
 from works import sorted_out as sort_out
 
-from probecache import hidden, streaming
+from probecache import snapshots, streaming
 from probecache.engine import ResidentEngine
 from probecache.errors import OutOfMemoryError, OutputError
 from probecache.hidden import HiddenStates
 from probecache.models import ModelOptions, open_model
-from probecache.streaming import Strand, StreamingEngine
+from probecache.streaming import Snapshot, SnapshotStart, Strand, StreamingEngine
 from probecache.types import Dtype
 
 LAYERS = tuple(range(BLOCKS + 1))
@@ -248,7 +252,7 @@ def test_a_full_disk_leaves_the_model_as_it_was(folders, tmp_path, monkeypatch, 
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hidden.os, "pwrite", full)
+    monkeypatch.setattr(snapshots.os, "pwrite", full)
     with pytest.raises(OutputError, match="hidden states"):
         run(engine, kind(prompts_of(folders("llama"))), LAYERS)
     assert state_of(engine) == before
@@ -426,3 +430,298 @@ def test_an_error_of_who_sees_a_block_leaves_the_model_as_it_was(folders, tmp_pa
     with pytest.raises(KeyError):
         list(engine.run_together([Strand(work, LAYERS)], refuse))
     assert state_of(engine) == before
+
+
+# ---------------------------------------------------------------- going on from a snapshot
+
+
+class Patient(HiddenStates):
+    """Waits until a snapshot is on disk, so that it does not matter how fast the disk is."""
+
+    def is_kept(self):
+        if self._finished is not None:
+            wait([self._finished])
+        return super().is_kept()
+
+
+class Snapshots:
+    """Takes a snapshot behind these blocks; takes down what it is asked and told."""
+
+    def __init__(self, folder, layers=LAYERS):
+        self.folder, self.layers, self.asked, self.told = folder, layers, [], []
+        self.contents = {}
+        folder.mkdir(exist_ok=True)
+
+    def path(self, layer):
+        return self.folder / f"{layer}.hidden"
+
+    def place(self, layer):
+        self.asked.append(layer)
+        return self.path(layer) if layer in self.layers else None
+
+    def saved(self, layer):
+        self.told.append(layer)
+        self.contents[layer] = self.path(layer).read_bytes()
+
+
+def patient(folder, disk=None, **more):
+    engine = engine_of(folder, disk=disk, **more)
+    engine.hidden_states = lambda count: Patient(count, disk)
+    return engine
+
+
+def leave(engine, work, snapshots, layers=LAYERS, until=BLOCKS):
+    """Rows by (layer, prompt) of a run that leaves snapshots and stops once it is at a layer."""
+    found, strand = [], Strand(work, layers, snapshots=snapshots)
+    running = engine.run_together([strand])
+    for _, rows in running:
+        found.append(rows)
+        if rows.layer > until:
+            running.close()
+            break
+    return sort_out(found, work)
+
+
+def go_on(engine, work, snapshot, layers=LAYERS, **more):
+    strand = Strand(work, layers, resumed=snapshot, **more)
+    return sort_out([rows for _, rows in engine.run_together([strand])], work)
+
+
+def above(rows, layer, done=()):
+    return {key: row for key, row in rows.items() if key[0] > layer and key[1] not in done}
+
+
+GOING_ON = ["llama", "mistral", "qwen3_moe", "gpt2", "gemma3", "deepseek_v3", "gpt_oss", "llama4"]
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("name", GOING_ON)
+def test_a_run_goes_on_from_every_snapshot_bit_for_bit(folders, tmp_path, kind, name, spilled):
+    work, disk = kind(prompts_of(folders(name)), 64), tmp_path if spilled else None
+    assert len(work.steps) > 2
+    left = Snapshots(tmp_path / "snapshots")
+    whole = leave(patient(folders(name), disk), work, left)
+    assert equal(whole, run(resident(folders(name)), work, LAYERS))
+    assert left.asked == left.told == [1, 2, 3]
+    for layer in left.told:
+        # No later block has changed what was saved, although the file was read from.
+        assert left.path(layer).read_bytes() == left.contents[layer]
+        engine, told = patient(folders(name), disk), []
+        rows = go_on(engine, work, Snapshot(layer, left.path(layer)), told=told.append)
+        assert equal(rows, above(whole, layer))
+        assert engine.source.asked == list(range(layer, BLOCKS))
+        assert sum(told) == sum(step.tokens for step in work.steps) * (BLOCKS - layer)
+
+
+@pytest.mark.parametrize("wanted", [(1,), (2,), (3,), (1, 3)])
+def test_blocks_without_a_snapshot_leave_the_ones_before_as_they_are(
+    folders, tmp_path, kind, wanted
+):
+    """In a file the stream is overwritten where it lies, but never in a snapshot."""
+    work = kind(prompts_of(folders("llama")))
+    whole = run(resident(folders("llama")), work, LAYERS)
+    for disk in (None, tmp_path):
+        left = Snapshots(tmp_path / "snapshots", wanted)
+        assert equal(leave(patient(folders("llama"), disk), work, left), whole)
+        assert left.told == list(wanted)
+        for layer in wanted:
+            rows = go_on(patient(folders("llama")), work, Snapshot(layer, left.path(layer)))
+            assert equal(rows, above(whole, layer))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots"]
+
+
+@pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
+def test_half_precision_goes_on_bit_for_bit(folders, tmp_path, kind, dtype):
+    work, left = kind(prompts_of(folders("qwen3_moe"))), Snapshots(tmp_path)
+    whole = leave(patient(folders("qwen3_moe"), dtype=dtype), work, left)
+    engine = patient(folders("qwen3_moe"), dtype=dtype)
+    assert equal(go_on(engine, work, Snapshot(2, left.path(2))), above(whole, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
+def test_prompts_that_are_done_are_left_out_when_a_run_goes_on(folders, tmp_path, kind, name):
+    work, left = kind(prompts_of(folders(name)), 40), Snapshots(tmp_path)
+    whole = leave(patient(folders(name)), work, left)
+    for done in ([0, 3, 4], [*range(1, len(work.prompts))], []):
+        flags = np.isin(np.arange(len(work.prompts)), done)
+        remaining = work.remaining(flags)
+        rows = go_on(patient(folders(name)), remaining, Snapshot(2, left.path(2)))
+        assert equal(rows, above(whole, 2, done))
+
+
+def test_a_run_that_went_on_with_fewer_prompts_leaves_snapshots_too(folders, tmp_path, kind):
+    work, left = kind(prompts_of(folders("llama")), 40), Snapshots(tmp_path)
+    whole = leave(patient(folders("llama")), work, left)
+    done = [n for n in range(len(work.prompts)) if n != 6]
+    fewer = work.remaining(np.isin(np.arange(len(work.prompts)), done))
+    assert len(fewer.steps) < len(work.steps)
+    again = Snapshots(tmp_path / "again")
+    first = Snapshot(1, left.path(1))
+    assert equal(
+        go_on(patient(folders("llama")), fewer, first, snapshots=again), above(whole, 1, done)
+    )
+    assert again.told == [2, 3]
+    rows = go_on(patient(folders("llama")), fewer, Snapshot(3, again.path(3)))
+    assert equal(rows, above(whole, 3, done))
+    with pytest.raises(OutputError, match="none of the step"):
+        go_on(patient(folders("llama")), work, Snapshot(3, again.path(3)))
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["memory", "file"])
+@pytest.mark.parametrize("until", [0, 1, 2])
+def test_a_run_that_was_stopped_goes_on_from_the_last_that_was_saved(
+    folders, tmp_path, kind, spilled, until
+):
+    work, disk = kind(prompts_of(folders("llama")), 40), tmp_path if spilled else None
+    whole, left = run(resident(folders("llama")), work, LAYERS), Snapshots(tmp_path / "snapshots")
+    early = leave(patient(folders("llama"), disk), work, left, until=until)
+    assert left.told == list(range(1, until + 1))
+    resumed = Snapshot(until, left.path(until)) if until else None
+    late = go_on(patient(folders("llama"), disk), work, resumed)
+    assert equal(above(early, -1) | late, whole)
+
+
+def test_a_snapshot_is_told_of_only_when_all_rows_up_to_it_were_taken(folders, tmp_path, kind):
+    work, taken = kind(prompts_of(folders("llama")), 40), []
+
+    class Checked(Snapshots):
+        def saved(self, layer):
+            super().saved(layer)
+            assert threading.current_thread() is threading.main_thread()
+            assert {key for key in everything if key[0] <= layer} <= {*taken}
+
+    everything = {(layer, n) for layer in LAYERS for n in range(len(work.prompts))}
+    left = Checked(tmp_path)
+    strand = Strand(work, LAYERS, snapshots=left)
+    for _, rows in patient(folders("llama")).run_together([strand]):
+        taken += [(rows.layer, n) for n in rows.prompts]
+    assert left.told == [1, 2, 3]
+
+
+def test_no_snapshot_is_asked_for_while_one_is_not_on_disk_yet(folders, tmp_path, kind):
+    class Slow(HiddenStates):
+        turns = 0
+
+        def is_kept(self):
+            self.turns += 1
+            return self.turns > 2 * len(work.steps) and super().is_kept()
+
+    work, left = kind(prompts_of(folders("llama"))), Snapshots(tmp_path / "snapshots")
+    engine = engine_of(folders("llama"))
+    for disk in (None, tmp_path):
+        engine.hidden_states = lambda count, disk=disk: Slow(count, disk)
+        left.asked.clear()
+        assert equal(leave(engine, work, left), run(resident(folders("llama")), work, LAYERS))
+        assert left.asked == [1]
+
+
+def test_where_a_block_hands_on_more_than_the_stream_there_is_no_snapshot(folders, tmp_path, kind):
+    """The last two blocks of this Gemma 4 take the keys and values of blocks 0 and 1."""
+    for disk in (None, tmp_path):
+        work, left = kind(prompts_of(folders("gemma4"))), Snapshots(tmp_path / "snapshots")
+        found = leave(patient(folders("gemma4"), disk), work, left)
+        assert equal(found, run(resident(folders("gemma4")), work, LAYERS))
+        assert (left.asked, left.told) == ([1], [])
+        assert list(left.folder.iterdir()) == []
+
+
+def test_steps_that_were_halved_are_taken_up_whole(folders, tmp_path, kind):
+    work, left = kind(prompts_of(folders("llama")), 10_000), Snapshots(tmp_path)
+    wrap = Cramped(120, 1)
+    whole = leave(patient(folders("llama"), wrap=wrap), work, left)
+    assert len([index for index, _ in wrap.sizes if index == 3]) > len(work.steps)
+    rows = go_on(patient(folders("llama")), work, Snapshot(3, left.path(3)))
+    assert largest_difference(rows, above(whole, 3)) < 1e-5
+
+
+def test_steps_are_halved_too_when_a_run_goes_on(folders, tmp_path, kind):
+    work, left = kind(prompts_of(folders("llama")), 10_000), Snapshots(tmp_path / "snapshots")
+    whole = leave(patient(folders("llama")), work, left)
+    for disk in (None, tmp_path):
+        engine = patient(folders("llama"), disk, wrap=Cramped(120, 2))
+        rows = go_on(engine, work, Snapshot(2, left.path(2)))
+        assert largest_difference(rows, above(whole, 2)) < 1e-5
+
+
+def test_a_snapshot_that_is_not_whole_is_refused_before_a_block_is_read(folders, tmp_path, kind):
+    work, left = kind(prompts_of(folders("llama"))), Snapshots(tmp_path)
+    leave(patient(folders("llama")), work, left)
+    os.truncate(left.path(2), left.path(2).stat().st_size - 100)
+    engine = patient(folders("llama"))
+    before = state_of(engine)
+    with pytest.raises(OutputError, match=r"behind block 2 in .*2\.hidden, got .* remove it"):
+        go_on(engine, work, Snapshot(2, left.path(2)))
+    assert engine.source.asked == []
+    assert state_of(engine) == before
+
+
+@pytest.mark.parametrize("spilled", [False, True], ids=["memory", "file"])
+def test_a_disk_without_room_for_a_snapshot_leaves_the_one_before(
+    folders, tmp_path, monkeypatch, kind, spilled
+):
+    work, disk = kind(prompts_of(folders("llama")), 40), tmp_path if spilled else None
+
+    class Filling(Snapshots):
+        def place(self, layer):
+            if layer == 2:
+                monkeypatch.setattr(snapshots.os, "pwrite", full)
+            return super().place(layer)
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    left = Filling(tmp_path / "snapshots")
+    engine = patient(folders("llama"), disk)
+    before = state_of(engine)
+    with pytest.raises(OutputError, match=r"room in .*2\.hidden for [\d,]+ bytes"):
+        leave(engine, work, left)
+    assert state_of(engine) == before
+    monkeypatch.undo()
+    rows = go_on(patient(folders("llama")), work, Snapshot(1, left.path(1)))
+    assert equal(rows, above(run(resident(folders("llama")), work, LAYERS), 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_another_work_of_some_prompts_begins_at_a_snapshot_along_with_it(
+    folders, tmp_path, kind, name
+):
+    """As the few prompts do that a run is compared on."""
+    prompts, left = prompts_of(folders(name)), Snapshots(tmp_path)
+    work, few = kind(prompts, 40), prompts[2:6]
+    expected = leave(patient(folders(name)), work, left)
+    snapshot = Snapshot(2, left.path(2))
+
+    class Part:
+        layer = 2
+
+        def rows(self, prompts, depths):
+            chosen = np.where(prompts < 0, -1, prompts + 2)
+            return SnapshotStart(snapshot, work).rows(chosen, depths)
+
+    for other in (padded(few), shared(few, 30)):
+        strands = [Strand(other, [3, 4], Part()), Strand(work, LAYERS, resumed=snapshot)]
+        engine, found = patient(folders(name)), [[], []]
+        for number, rows in engine.run_together(strands):
+            found[number].append(rows)
+        assert engine.source.asked == [2, 3]
+        assert equal(sort_out(found[1], work), above(expected, 2))
+        part = {(layer, n - 2): row for (layer, n), row in expected.items() if 2 <= n < 6}
+        assert largest_difference(sort_out(found[0], other), above(part, 2)) < 1e-5
+
+
+def test_no_block_is_read_when_nothing_is_left_to_do(folders, kind):
+    work, engine = kind(prompts_of(folders("llama"))), engine_of(folders("llama"))
+    nothing = work.remaining(np.ones(len(work.prompts), dtype=bool))
+    assert list(engine.run(nothing, LAYERS)) == []
+    assert engine.source.asked == []
+
+
+def test_a_strand_with_nothing_left_runs_beside_one_with_something(folders, tmp_path, kind):
+    work, left = kind(prompts_of(folders("llama"))), Snapshots(tmp_path)
+    nothing = work.remaining(np.ones(len(work.prompts), dtype=bool))
+    strands = [Strand(nothing, LAYERS, snapshots=left), Strand(work, LAYERS)]
+    found = list(engine_of(folders("llama"), disk=tmp_path).run_together(strands))
+    assert {number for number, _ in found} == {1}
+    whole = run(resident(folders("llama")), work, LAYERS)
+    assert equal(sort_out([rows for _, rows in found], work), whole)
+    assert left.asked == []

@@ -93,8 +93,10 @@ class PackPass:
                 self.pack.tiles, places.columns, mask.on(query.device, query.dtype), strict=True
             )
         ]
-        if isinstance(places.carried, slice) and places.carried.start == 0:
-            self.carried[number] = (key, value)  # as they are, with room behind them
+        if self.pack.context and isinstance(places.carried, slice) and places.carried.start == 0:
+            # As they are, with room behind them. Not those of a first pack: they are the model's,
+            # which may need them again for later blocks.
+            self.carried[number] = (key, value)
         elif places.carried is not None:
             self.carried[number] = (_at(key, places.carried), _at(value, places.carried))
         return torch.cat(pieces, dim=1)

@@ -97,7 +97,7 @@ class _Digests:
         self.memo = Memo.load()
         self._reader = source.reader
         self._states: dict[str, FileState] = {}
-        for name, (state, digest) in self._reader.digests.items():
+        for name, (state, digest) in list(self._reader.digests.items()):  # more may come
             self.memo.put(state, name, digest)
 
     def missing(self, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:

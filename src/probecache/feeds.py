@@ -113,6 +113,17 @@ class Work(Protocol):
         """
         ...
 
+    def places(
+        self, prompts: NDArray[np.int64], depths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of the steps each token is in, and where in it; of a work that has all its steps.
+
+        Args:
+            prompts: int64 [n], of each token.
+            depths: int64 [n], its place in the prompt.
+        """
+        ...
+
 
 # ---------------------------------------------------------------- padded batches
 
@@ -146,6 +157,16 @@ class PaddedWork:
         """A batch made ready."""
         prompts = [self.prompts[index] for index in step.prompts]
         return _PaddedFeed(step, prompts, self.mean, model, self.done)
+
+    def places(
+        self, prompts: NDArray[np.int64], depths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Work.places`."""
+        numbers, rows = np.empty((2, len(self.prompts)), dtype=np.int64)
+        for number, step in enumerate(self.steps):
+            numbers[list(step.prompts)] = number
+            rows[list(step.prompts)] = np.arange(len(step.prompts)) * step.padded_length
+        return numbers[prompts], rows[prompts] + depths
 
 
 class _PaddedFeed:
@@ -232,7 +253,7 @@ class TreeWork:
         """
         starts = np.array([step.start for step in self.steps])
         ends = self.tree.ends[~done]
-        wanted = {int(n) for n in np.searchsorted(starts, ends, side="right") - 1}
+        wanted = {*np.unique(np.searchsorted(starts, ends, side="right") - 1).tolist()}
         needed: set[int] = set()
         while wanted:
             number = wanted.pop()
@@ -248,11 +269,22 @@ class TreeWork:
         pack = self.tree.pack(step.start, step.stop, tile, self._then(step.stop))
         return _TreeFeed(pack, self, context, model)
 
+    def places(
+        self, prompts: NDArray[np.int64], depths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Work.places`."""
+        tokens = self.tree.tokens(prompts, depths)
+        starts = np.array(self._starts)
+        numbers = np.searchsorted(starts, tokens, side="right") - 1
+        return numbers, tokens - starts[numbers]
+
     def _then(self, stop: int) -> int:
         """Where the step begins that follows the one which ends at `stop`."""
         number = bisect_right(self._starts, stop - 1)
         inside = number and stop < self.steps[number - 1].stop  # a step was cut in two
-        return stop if inside or number == len(self.steps) else self._starts[number]
+        if inside:
+            return stop
+        return self._starts[number] if number < len(self.steps) else len(self.tree)
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -34,6 +34,11 @@ class Step(Protocol):
     """What goes through the model in one forward pass."""
 
     @property
+    def first(self) -> int:
+        """A number that no other step of the same work has, however often it is planned."""
+        ...
+
+    @property
     def tokens(self) -> int:
         """Tokens that the model computes, padding included."""
         ...
@@ -57,6 +62,11 @@ class Batch:
 
     prompts: tuple[int, ...]
     padded_length: int
+
+    @property
+    def first(self) -> int:
+        """The first prompt."""
+        return self.prompts[0]
 
     @property
     def tokens(self) -> int:
@@ -83,6 +93,11 @@ class Stretch:
 
     start: int
     stop: int
+
+    @property
+    def first(self) -> int:
+        """The first token."""
+        return self.start
 
     @property
     def tokens(self) -> int:

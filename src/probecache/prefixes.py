@@ -144,6 +144,16 @@ class PrefixTree:
             place = self._higher[place]
         return path
 
+    def tokens(self, prompts: NDArray[np.int64], depths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the walk tokens are that are given by prompt and place in it: int64 [n]."""
+        ranks = np.empty(len(self.order), dtype=np.int64)
+        ranks[self.order] = np.arange(len(self.order))
+        places, higher = ranks[prompts], np.array(self._higher)
+        while (above := depths < self.shared[places]).any():
+            places[above] = higher[places[above]]
+        found: NDArray[np.int64] = self.bounds[places] + depths - self.shared[places]
+        return found
+
     @cached_property
     def _higher(self) -> list[int]:
         """For each place, the nearest one before that branches off higher; -1 at the root."""

@@ -4,7 +4,9 @@ For models that do not fit: two blocks are in memory at a time, the one that com
 which is read meanwhile. Every weight is read once. What waits between two blocks, the residual
 stream of every token, lies in memory or in a file (`HiddenStates`).
 
-Rows equal the resident engine's bit for bit where the steps are the same.
+Rows equal the resident engine's bit for bit where the steps are the same. A run may leave
+snapshots of the stream, and a later run go on from one with the same rows, bit for bit. None is
+left where a block has handed on more than the stream (Gemma 4's shared keys and values).
 """
 
 from __future__ import annotations
@@ -15,19 +17,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from probecache.engine import Rows, Start, Transfer, is_out_of_memory, no_room, release_memory
 from probecache.feeds import Context
 from probecache.loaded import Leftovers
+from probecache.snapshots import SnapshotReader, SnapshotWriter
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+    from numpy.typing import NDArray
 
     from probecache.feeds import Feed, Work
     from probecache.hidden import HiddenStates
     from probecache.loaded import LoadedModel
     from probecache.plan import Step
 
-__all__ = ["BlockSource", "Strand", "StreamingEngine"]
+__all__ = [
+    "BlockSource",
+    "Snapshot",
+    "SnapshotStart",
+    "Snapshots",
+    "Strand",
+    "StreamingEngine",
+]
 
 
 class BlockSource(Protocol):
@@ -43,13 +58,90 @@ class BlockSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Hidden states behind so many blocks, as a run of the same work left them in a file."""
+
+    layer: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class SnapshotStart:
+    """A `Start` from a snapshot, for other works of some of the same prompts.
+
+    Attributes:
+        snapshot: where the rows are.
+        work: all that was run when it was left.
+    """
+
+    snapshot: Snapshot
+    work: Work
+
+    @property
+    def layer(self) -> int:
+        """Where the rows belong."""
+        return self.snapshot.layer
+
+    def rows(self, prompts: NDArray[np.int64], depths: NDArray[np.int64]) -> torch.Tensor:
+        """See `Start.rows`.
+
+        Raises:
+            OutputError: the file is not a whole snapshot of this work.
+        """
+        import torch
+
+        real = np.flatnonzero(prompts >= 0)
+        numbers, within = self.work.places(prompts[real], depths[real])
+        with SnapshotReader(self.snapshot.path, self.layer) as reader:
+            found = torch.zeros((len(prompts), reader.width), dtype=reader.dtype)
+            for number in np.unique(numbers):
+                here = np.flatnonzero(numbers == number)
+                rows = reader.read(self.work.steps[number])
+                found[torch.from_numpy(real[here])] = rows[torch.from_numpy(within[here])]
+        return found
+
+
+class Snapshots(Protocol):
+    """Where a run leaves snapshots, and how often. Called from where rows are taken."""
+
+    def place(self, layer: int) -> Path | None:
+        """Where to leave the next one, behind block `layer`; None: not this time.
+
+        Asked before that block runs, of every block but the last. A file that is left there without
+        being told of as saved is of no use.
+        """
+        ...
+
+    def saved(self, layer: int) -> None:
+        """Told that the one behind `layer` is complete on disk.
+
+        All rows up to and including this layer were yielded before. Earlier ones may go.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Strand:
-    """One of the works that go through the blocks together; the arguments of `Engine.run`."""
+    """One of the works that go through the blocks together; the arguments of `Engine.run`.
+
+    Attributes:
+        resumed: where to go on; rows of layers above it alone come out. Steps that were left out
+            since it was saved may be missing from `work`.
+        snapshots: takes snapshots; None: none are wanted.
+    """
 
     work: Work
     layers: Sequence[int]
     start: Start | None = None
     told: Callable[[int], None] = lambda _: None
+    resumed: Snapshot | None = None
+    snapshots: Snapshots | None = None
+
+    @property
+    def first_block(self) -> int:
+        """The first block that runs."""
+        begin = self.resumed or self.start
+        return begin.layer if begin else 0
 
 
 @dataclass
@@ -88,19 +180,26 @@ class StreamingEngine:
 
         Yields:
             Which of the strands, and its rows.
+
+        Raises:
+            OutputError: what a strand is resumed from is not a whole snapshot of its work; nothing
+                was yielded then.
         """
-        first = strands[0].start
+        if not any(strand.work.steps for strand in strands):
+            return
         with ExitStack() as stack:
             walks = [_Walk(one, stack.enter_context(self._store(one.work))) for one in strands]
             for number, walk in enumerate(walks):
                 for rows in self._enter(walk):
                     yield number, rows
-            for index, block in self._loaded(range(first.layer if first else 0, self.model.depth)):
+            for index, block in self._loaded(range(strands[0].first_block, self.model.depth)):
                 seen(index)
                 for number, walk in enumerate(walks):
                     walk.ends = index + 1 == self.model.depth
+                    walk.open_snapshot(index + 1)
                     for rows in self._through(index, block, walk):
                         yield number, rows
+                    walk.close_snapshot()
 
     def _store(self, work: Work) -> HiddenStates:
         return self.hidden_states(sum(step.tokens for step in work.steps))
@@ -127,7 +226,10 @@ class StreamingEngine:
 
     def _enter(self, walk: _Walk) -> Iterator[Rows]:
         """Put into the store what the first block takes."""
-        start = walk.strand.start
+        start, resumed = walk.strand.start, walk.strand.resumed
+        if resumed is not None:
+            walk.take_up(resumed, self.model.input_device)
+            return
 
         def known(feed: Feed, _hidden: None) -> torch.Tensor:
             if start is None:
@@ -168,6 +270,7 @@ class StreamingEngine:
                 continue
             hidden, transfer = result
             walk.advance(hidden)
+            walk.tell_saved()
             walk.strand.told(step.tokens * blocks)
             if computed is not None:
                 yield from computed.rows()
@@ -210,12 +313,14 @@ class _Walk:
         self._steps: list[Step] = list(strand.work.steps)
         self._left: dict[Step, Leftovers] = {}
         self.ends = False  # whether nothing reads what is stored now
+        self._snapshot: SnapshotWriter | None = None  # what is written
+        self._saving: int | None = None  # the layer of one that is not told of yet
         self.begin(reads=False)
 
     def begin(self, reads: bool) -> None:
         """Go back to the first step."""
         self.context, self._number, self._offset = Context(), 0, 0
-        if reads:
+        if reads and self._steps:
             self._store.expect(0, self._steps[0].tokens)
 
     @property
@@ -241,6 +346,49 @@ class _Walk:
             self._store.write(self._offset, hidden)
         self._offset += self._steps[self._number].tokens
         self._number += 1
+
+    # -- snapshots
+
+    def take_up(self, snapshot: Snapshot, device: torch.device) -> None:
+        """Put into the store what a snapshot holds of the steps."""
+        with SnapshotReader(snapshot.path, snapshot.layer) as reader:
+            for step in self._steps:
+                self._store.write(self._offset, reader.read(step).to(device))
+                self._offset += step.tokens
+
+    def open_snapshot(self, layer: int) -> None:
+        """Begin a block; what comes out of it goes into a snapshot if one is wanted."""
+        self.tell_saved()
+        snapshots, self._snapshot = self.strand.snapshots, None
+        waits = self._saving is not None or self._leaves
+        if snapshots is not None and self._steps and not (self.ends or waits):
+            path = snapshots.place(layer)
+            if path is not None:
+                self._snapshot = SnapshotWriter(path, layer, self.strand.work.steps)
+        self._store.begin(self._snapshot)
+
+    def close_snapshot(self) -> None:
+        """End a block; where it left more than the stream there is no going on behind it."""
+        if self._snapshot is None:
+            return
+        if self._leaves:
+            self._snapshot.discard()
+            return
+        self._saving = self._snapshot.layer
+        self._store.keep()
+
+    def tell_saved(self) -> None:
+        """Say so once a snapshot is complete."""
+        if self._saving is not None and self._store.is_kept():
+            layer, self._saving = self._saving, None
+            assert self.strand.snapshots is not None
+            self.strand.snapshots.saved(layer)
+
+    @property
+    def _leaves(self) -> bool:
+        return any(left.entries for left in self._left.values())
+
+    # -- memory
 
     def divide(self) -> None:
         """Cut the present step in two, for this block and all later ones."""

@@ -80,9 +80,12 @@ class FillingFile:
         place, end = self._places[first], self._places[stop]
         if len(data) != end - place:
             raise ValueError(f"expected {end - place} bytes of rows, got {len(data)}")
+        before = self.checksums[first:stop].copy()
         for number in range(first, stop):
             piece = data[self._places[number] - place : self._places[number + 1] - place]
             self.checksums[number] = zlib.crc32(piece)
+        if first < self._hashed and (before != self.checksums[first:stop]).any():
+            self._start_hash()  # other rows than those that are in the hash already
         self.dirty = True
         left, at = data, place
         with file_named(self.path):
@@ -92,7 +95,7 @@ class FillingFile:
         self.done[first:stop] = True
         if first == self._hashed:
             self._update(data, stop)
-            self._catch_up()
+        self._catch_up()
 
     def sync(self) -> None:
         """Put what was written on disk for good."""

@@ -95,6 +95,7 @@ class PassageRecord(BaseModel):
     mixed: bool = True
     computed_tokens: Annotated[int, Field(ge=0)] = 0
     batches: str = ""
+    snapshot: int | None = None  # layer whose hidden states are in the unfinished folder
 
 
 class Progress(BaseModel):

@@ -45,6 +45,7 @@ from probecache.workflow.prepare import (
     work_out,
 )
 from probecache.workflow.resume import (
+    KeptSnapshots,
     begin,
     identity_before,
     require_same_run,
@@ -297,10 +298,17 @@ class Filling:
             self._progress.identity = self._checked(identity, passage)
         self._peak = max(self._peak, _peak_memory(model))
 
+    def _named(self, identity: Identity, passage: Passage, layer: int) -> Identity:
+        """The identity with the weights up to a layer that a passage has read."""
+        known = self._existing.identity.weights if self._existing and passage.cached else {}
+        record = self._progress.passages.get(passage.start)
+        if record is not None and record.snapshot is not None:
+            known = self._known(identity).weights  # of blocks that an interrupted run has read
+        return _with_content(identity, self._prepared, layer, known)
+
     def _checked(self, identity: Identity, passage: Passage) -> Identity:
         """The identity with the weights that a passage has read, refused where they differ."""
-        known = self._existing.identity.weights if self._existing and passage.cached else {}
-        found = _with_content(identity, self._prepared, passage.layers[-1], known)
+        found = self._named(identity, passage, passage.layers[-1])
         _require_all(found, self._prepared, self._existing, self._accept)
         require_unchanged(self._progress.identity, found)
         return found
@@ -321,22 +329,31 @@ class Filling:
         quiet = self._prepared.request.quiet
         if run.why_padded and not quiet:
             print(f"Prefixes are not shared: {run.why_padded}", file=sys.stderr)
-        self._progress.passages[run.passage.start] = run.record()
         done = self._writer.done(run.passage.layers)
-        with (
-            Progress(run.total(done), "extracting", "tokens x blocks", quiet=quiet) as progress,
-            Pipe(lambda rows: self._take(rows, run)) as pipe,
-        ):
-            for rows in run.rows(done, progress.update):
-                pipe.put(rows)
+        with Pipe(lambda rows: self._take(rows, run)) as pipe:
+            snapshots = KeptSnapshots(
+                self._writer, run, lambda layer: self._settle(pipe, run, layer)
+            )
+            resumed = snapshots.latest()
+            total = run.total(done, resumed)
+            with Progress(total, "extracting", "tokens x blocks", quiet=quiet) as progress:
+                for rows in run.rows(done, progress.update, snapshots, resumed):
+                    pipe.put(rows)
+
+    def _settle(self, pipe: Pipe, run: Run, layer: int) -> None:
+        """Before a snapshot counts: all rows below are with the writer, the weights have a name."""
+        pipe.wait()
+        assert self._progress.identity is not None
+        self._progress.identity = self._named(self._progress.identity, run.passage, layer)
 
     def _take(self, rows: Rows, run: Run) -> None:
         if not _all_finite(rows.values):
             run.require_apart()
             if not self._prepared.request.allow_nonfinite:
                 _require_finite(rows, self._prepared)
-        self._writer.write(rows.layer, rows.prompts, rows.values)
-        self._writer.record_now_and_then()
+        if not self._writer.done([rows.layer])[list(rows.prompts)].all():
+            self._writer.write(rows.layer, rows.prompts, rows.values)
+            self._writer.record_now_and_then()
 
 
 def _require_finite(rows: Rows, prepared: Preparation) -> None:

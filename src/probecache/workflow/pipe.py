@@ -54,6 +54,13 @@ class Pipe:
             self._bytes += rows.values.nbytes
             self._change.notify_all()
 
+    def wait(self) -> None:
+        """Wait until all that was put in is taken."""
+        with self._change:
+            self._change.wait_for(lambda: self._bytes == 0 or self._error is not None)
+            if self._error is not None:
+                raise self._error
+
     def _work(self) -> None:
         while (rows := self._next()) is not None:
             try:

@@ -6,30 +6,41 @@ goes the same way as it was begun, so that the cache comes out the same to the b
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probecache.atomic import real_path
+from probecache.atomic import free_bytes, real_path
 from probecache.errors import MismatchError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
 from probecache.store.journal import Begun, find_unfinished
+from probecache.streaming import Snapshot
 from probecache.workflow.execution import EngineName, Execution
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from probecache.store.journal import Unfinished
     from probecache.store.reader import Cache
+    from probecache.store.writer import CacheWriter
     from probecache.types import Identity
     from probecache.workflow.prepare import ExtractRequest, Plan, Preparation
+    from probecache.workflow.running import Run
 
 __all__ = [
+    "KeptSnapshots",
     "begin",
     "execution_of",
     "identity_before",
     "require_same_run",
     "require_unchanged",
 ]
+
+
+# Hidden states between streamed blocks are kept this often.
+_SNAPSHOT_S = 5.0
 
 
 def begin(
@@ -103,6 +114,58 @@ def require_unchanged(begun: Identity | None, found: Identity) -> None:
             what="The model of the interrupted run and that of this one",
             remedy="go on with the model it was begun with",
         )
+
+
+class KeptSnapshots:
+    """Snapshots of hidden states between streamed blocks, in the folder of the unfinished files.
+
+    See `streaming.Snapshots`. One is kept at a time, and the one that replaces it.
+
+    Args:
+        writer: of the rows.
+        run: the passage.
+        settle: called before a snapshot counts: rows up to its layer have to be with the writer.
+    """
+
+    def __init__(self, writer: CacheWriter, run: Run, settle: Callable[[int], None]) -> None:
+        self._writer, self._passage, self._settle = writer, run.passage, settle
+        passages = writer.unfinished.progress.passages
+        before = passages.get(run.passage.start)
+        self._record = passages[run.passage.start] = run.record()
+        if before is not None and before.batches == self._record.batches:
+            self._record.snapshot = before.snapshot
+        self._last = time.monotonic()
+
+    def latest(self) -> Snapshot | None:
+        """Where to go on; None: at the beginning."""
+        layer = self._record.snapshot
+        if layer is None:
+            return None
+        below = [one for one in self._passage.layers if one <= layer]
+        if self._path(layer).is_file() and self._writer.done(below).all():
+            return Snapshot(layer, self._path(layer))
+        self._record.snapshot = None
+        return None
+
+    def place(self, layer: int) -> Path | None:
+        """See `Snapshots.place`: every few seconds, where there is room."""
+        if time.monotonic() - self._last < _SNAPSHOT_S:
+            return None
+        path, before = self._path(layer), self._record.snapshot
+        size = 0 if before is None else self._path(before).stat().st_size
+        return path if free_bytes(self._writer.folder) > 2 * size else None
+
+    def saved(self, layer: int) -> None:
+        """See `Snapshots.saved`."""
+        self._settle(layer)
+        before, self._record.snapshot = self._record.snapshot, layer
+        self._writer.record()
+        if before is not None:
+            self._path(before).unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+    def _path(self, layer: int) -> Path:
+        return self._writer.folder / f"hidden_{self._passage.start}_{layer}"
 
 
 def _asked(request: ExtractRequest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from probecache.model_config import place_limit
 from probecache.plan import Batch, plan_batches, plan_stretches
 from probecache.prefixes import PrefixTree
 from probecache.store.journal import PassageRecord
-from probecache.streaming import Strand, StreamingEngine
+from probecache.streaming import Snapshot, Snapshots, Strand, StreamingEngine
 from probecache.workflow.execution import EngineName, Execution, Passage
 from probecache.workflow.preflight import (
     Comparison,
@@ -99,9 +99,11 @@ class Run:
         kind = "padded batches" if self._mixed else "batches of one length"
         return f"{kind}, because {self.why_padded}"
 
-    def total(self, done: NDArray[np.bool_]) -> int:
+    def total(self, done: NDArray[np.bool_], resumed: Snapshot | None = None) -> int:
         """Tokens x blocks that the run computes where these prompts' rows are there already."""
-        return _tokens(self._work().remaining(done)) * len(self.passage.blocks)
+        blocks = self.passage.blocks
+        count = blocks.stop - (blocks.start if resumed is None else resumed.layer)
+        return _tokens(self._work().remaining(done)) * count
 
     def record(self) -> PassageRecord:
         """How the run goes, for one that goes on with it."""
@@ -175,8 +177,20 @@ class Run:
         if not self.why_padded:
             raise SpreadError("expected finite numbers in rows that prompts share")
 
-    def rows(self, done: NDArray[np.bool_], told: Callable[[int], None]) -> Iterator[Rows]:
+    def rows(
+        self,
+        done: NDArray[np.bool_],
+        told: Callable[[int], None],
+        snapshots: Snapshots | None = None,
+        resumed: Snapshot | None = None,
+    ) -> Iterator[Rows]:
         """The rows at every wanted layer of every prompt that is not done.
+
+        Args:
+            done: bool [prompts].
+            told: of tokens x blocks as they are computed.
+            snapshots: takes hidden states between streamed blocks.
+            resumed: from where to stream; only layers above come out.
 
         Raises:
             ModelError: see `goes_on_after`; then all rows have to be asked for again.
@@ -190,11 +204,14 @@ class Run:
             self.model, self.source, lambda tokens: HiddenStates(tokens, folder)
         )
         with foreign_errors_named(self.model):
-            yield from self._streamed(engine, work, told)
+            run = Strand(work, self.passage.layers, self._start(), told, resumed, snapshots)
+            if resumed is not None:  # the model is that of the run which was compared
+                for _, rows in engine.run_together([run]):
+                    yield rows
+            else:
+                yield from self._streamed(engine, run)
 
-    def _streamed(
-        self, engine: StreamingEngine, work: Work, told: Callable[[int], None]
-    ) -> Iterator[Rows]:
+    def _streamed(self, engine: StreamingEngine, run: Strand) -> Iterator[Rows]:
         """The sample goes through each block before the run does, and is compared there."""
         sample, start, first = self._sample, self._start(), self.passage.blocks.start
         early = {first + 1} if start else {first, first + 1}  # so that a fault shows at once
@@ -203,9 +220,7 @@ class Run:
         plain = PlainRun(comparison, sample, layers)
         probe = Strand(self._sample_work(sample), layers, sample.as_start())
         held: list[Rows] = []  # of the first layer: its plain rows are known with the first block
-        for number, rows in engine.run_together(
-            [probe, Strand(work, self.passage.layers, start, told)], plain.through
-        ):
+        for number, rows in engine.run_together([probe, run], plain.through):
             if number == 1:
                 yield rows
             elif rows.layer == first and not start:
