@@ -47,6 +47,7 @@ from probecache.reading import WeightReader
 from probecache.store.journal import find_unfinished
 from probecache.store.writer import CacheWriter
 from probecache.workflow.execution import choose_execution
+from probecache.workflow.resume import KeptSnapshots
 from probecache.workflow.running import Run
 
 LAYERS = tuple(range(BLOCKS + 1))
@@ -703,6 +704,38 @@ def test_what_is_done_is_not_computed_again(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(ResidentEngine, "_attempt", seen)
     extracted(llama, output, **options)
     assert {n for prompts in steps[2:] for n in prompts} == left  # two are the preflight's
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
+def test_a_streamed_run_goes_on_behind_the_last_block_that_was_kept(
+    llama, tmp_path, monkeypatch, shared
+):
+    options = {"engine": "stream", "share_prefixes": shared, "batch_tokens": 30, "layers": [2, 4]}
+    monkeypatch.setattr("probecache.workflow.resume._SNAPSHOT_S", 0.0)
+    place, read, seen = KeptSnapshots.place, ModelSource.read_block, []
+
+    def late(self, layer):
+        if layer == 3:
+            raise KeyboardInterrupt
+        return place(self, layer)
+
+    monkeypatch.setattr(KeptSnapshots, "place", late)
+    with pytest.raises(Interrupted):
+        extracted(llama, tmp_path / "cache", **options)
+    unfinished = find_unfinished(tmp_path / "cache")
+    kept = unfinished.progress.passages[0].snapshot
+    assert kept in (1, 2)
+    assert len([*unfinished.folder.glob("hidden_*")]) <= 2
+    monkeypatch.setattr(KeptSnapshots, "place", place)
+    monkeypatch.setattr(
+        ModelSource, "read_block", lambda self, index: (seen.append(index), read(self, index))[1]
+    )
+    extracted(llama, tmp_path / "cache", **options)
+    assert seen == [*range(kept, BLOCKS)]
+    monkeypatch.undo()
+    whole = extracted(llama, tmp_path / "whole", **options)
+    found = {n: c for n, (c, _) in content_of(tmp_path / "cache").items()}
+    assert found == {n: c for n, (c, _) in content_of(whole.path).items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
