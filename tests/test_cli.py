@@ -841,6 +841,9 @@ def test_every_option_of_every_command_is_explained(capsys, name):
 def test_the_list_of_commands_cuts_no_explanation_short(capsys):
     _, out, _ = command(capsys, "--help")
     assert [name for name, _ in commands()] == sorted(
-        *(["demo", "extract", "info", "make-validation", "plan", "train", "validate"],)
+        [
+            *("demo", "extract", "import", "info", "make-validation", "plan", "train"),
+            *("validate", "verify"),
+        ]
     )
     assert "..." not in out.split("Commands:")[1]

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -371,7 +371,7 @@ def test_tokens_of_pairs_go_to_their_answers(tmp_path):
         ([*RECORDS, RECORDS[0]], "got 12"),
         (
             [record | {"type": "other"} for record in RECORDS[::2]] + RECORDS[1::2],
-            "each class|test",
+            "one name for each of the classes",
         ),
         ([*RECORDS, {"question": "?", "type": "third"}], "third"),
     ],
@@ -646,9 +646,10 @@ def test_no_code_of_an_old_cache_runs(tmp_path):
 
 
 def arguments(told):
-    words = {"--" + name.replace("_", "-"): value for name, value in told.items()}
-    return [word for name, value in words.items() for word in ([name] if value is True else
-            [name, str(value)])]  # fmt: skip
+    """The same as words of a command line."""
+    given = {"--" + name.replace("_", "-"): value for name, value in told.items()}
+    quiet = ["--quiet"] if given.pop("--quiet") else []
+    return [*quiet, *(str(word) for pair in given.items() for word in pair)]
 
 
 def test_the_command_tells_what_it_found_and_what_it_did(capsys, tmp_path):
@@ -715,4 +716,3 @@ def test_importing_the_module_is_light():
 def test_the_module_tells_what_is_public():
     assert module.__all__ == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
-    assert replace(module.ImportRequest(old="old")).data is None
