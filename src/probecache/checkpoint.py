@@ -299,7 +299,7 @@ def indexed_files(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"expected a weight_map in {index}, got: {error!r}") from error
     for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ModelError(f"expected plain file names in {index}, got {name!r}")
     return listed
 

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ _TEXT_FIELDS = ("question", "text", "prompt", "messages")
 _LABEL_FIELDS = ("type", "label")
 # The guide's data says either word; one class must not become two.
 _CLASS_OF_WORD = {"test": TESTING, "testing": TESTING, "deploy": DEPLOYMENT, DEPLOYMENT: DEPLOYMENT}
+_NOT_BLANK = re.compile(r"\S")
 _FORMS = (
     "a pair (question, positive, negative; or question, test, deploy) or a labelled record "
     "(question, text, prompt or messages; and type or label)"
@@ -187,16 +189,16 @@ def _array_items(text: str, path: Path) -> Iterator[Any]:
 def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
     # Not splitlines(): it would also cut at U+2028 and others that JSON strings may hold. And not
     # split(): of a file of nothing but line ends it would make eight times its size.
-    start, row = 0, 1
-    while start < len(text):
-        stop = text.find("\n", start)
+    row, start = 1, 0
+    while match := _NOT_BLANK.search(text, start):
+        row += text.count("\n", start, match.start())
+        start = max(start, text.rfind("\n", start, match.start()) + 1)
+        stop = text.find("\n", match.start())
         stop = len(text) if stop < 0 else stop
-        line = text[start:stop]
-        if line.strip():
-            with _valid_json(f"{path}, row {row}"):
-                record = parse_json(line)
-            yield row, record
-        start, row = stop + 1, row + 1
+        with _valid_json(f"{path}, row {row}"):
+            record = parse_json(text[start:stop])
+        yield row, record
+        row, start = row + 1, stop + 1
 
 
 @contextmanager

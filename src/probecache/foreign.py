@@ -40,7 +40,9 @@ _OBJECT, _LIST, _VALUE = 240, 72, 64
 # Records of the shortest texts come to 20 times their size, a bomb of brackets to 45 and more.
 _MOST_TIMES, _SMALL = 32, 1 << 20
 # Possessive: a quote that nothing closes must not be looked for again from every place behind it.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
+_STRING = re.compile(_TEXT, re.DOTALL)
+_PIECE = re.compile(rb'(?:[^"]++|%b){1,20000}+' % _TEXT, re.DOTALL)
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What a spreadsheet takes for a formula, also behind white space and in full width; OWASP's list.
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|[\s\ufeff]*[=+\-@＝＋－＠])")
@@ -166,7 +168,8 @@ def require_sane_density(content: bytes | bytearray) -> None:
     if len(content) <= _SMALL or _cost(content) <= _MOST_TIMES * len(content):
         return
     # Brackets and commas inside texts cost nothing; they are told apart only where it matters.
-    if _cost(_STRING.sub(b"", content)) > _MOST_TIMES * len(content):
+    pieces = _PIECE.finditer(content)  # not all at once: that would take what it is to prevent
+    if sum(_cost(_STRING.sub(b"", piece[0])) for piece in pieces) > _MOST_TIMES * len(content):
         raise ValueError("too many values for so few bytes")
 
 

@@ -56,6 +56,7 @@ _CHUNK_BYTES = 64 << 20
 WIDEST = 1 << 20
 # A manifest of 100 layers and 64 classes has 2 MB; more than 30 times that is no manifest.
 _MOST_BYTES = 64 << 20
+_MOST_FAULTS = 1000
 _ENTRY = TypeAdapter(ExampleRecord)
 
 
@@ -289,6 +290,8 @@ def _damaged(path: Path) -> Iterator[None]:
 
 
 def _schema_message(path: Path, error: ValidationError, *place: int) -> str:
+    if error.error_count() > _MOST_FAULTS:  # each would be spelt out, and take a kilobyte
+        return f"expected {path} as probecache writes it, got {error.error_count()} faults in it"
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, (*place, *first["loc"]))) or "the whole"
     return f"expected {path} as probecache writes it, got at {where[:200]}: {first['msg']}"
