@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["content_of", "load_old"]
 
 _CHUNK = 4 << 20
-# Bytes that describe a file's tensors: so many for each, and some around them. What is longer would
-# be unpickled to far more objects than there are tensors.
-_LONGEST_ENTRY, _LONGEST_REST = 1 << 10, 64 << 10
+# Bytes that describe a file's tensors: some, and half of the numbers' at most, as in lists of short
+# rows. What is longer would be unpickled to far more objects than there are rows.
+_LONGEST_REST = 64 << 10
 _BUILDERS = re.compile(
     r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|"
     r"torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
@@ -138,13 +138,13 @@ def _require_plain_archive(archive: zipfile.ZipFile, path: Path, size: int) -> N
             f"expected {path} as torch.save writes it, got an archive with records that are "
             "compressed, repeated, or larger than the file; it was not opened"
         )
-    tensors = sum("/data/" in name for name in names)
-    longest = _LONGEST_REST + tensors * _LONGEST_ENTRY
+    numbers = sum(record.file_size for record in records if "/data/" in record.filename)
+    longest = _LONGEST_REST + numbers // 2
     length = archive.getinfo(_pickles(archive)[0]).file_size
     if length > longest:
         raise StoreError(
-            f"expected at most {longest:,} bytes that describe {tensors} tensors in {path}, got "
-            f"{length:,}; it was not opened"
+            f"expected at most {longest:,} bytes that describe {numbers:,} bytes of tensors in "
+            f"{path}, got {length:,}; it was not opened"
         )
 
 
