@@ -162,3 +162,34 @@ def test_free_bytes_are_those_of_the_disk_where_the_output_would_be(tmp_path):
 
     found = free_bytes(tmp_path / "not" / "yet" / "there")
     assert abs(found - shutil.disk_usage(tmp_path).free) < 1 << 30
+
+
+def test_folders_that_killed_processes_left_are_swept_and_those_of_living_ones_kept(tmp_path):
+    final = tmp_path / "run"
+
+    def left_by_a_child(wait):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with temporary_sibling(final) as folder:
+                (folder / "rows").write_text("half")
+                os.write(write, folder.name.encode())
+                time.sleep(wait)
+            os._exit(0)
+        name = os.read(read, 1000).decode()
+        return child, tmp_path / name
+
+    dead, of_the_dead = left_by_a_child(60)
+    os.kill(dead, signal.SIGKILL)
+    os.waitpid(dead, 0)
+    alive, of_the_living = left_by_a_child(60)
+    assert not of_the_dead.exists()
+    with temporary_sibling(final):
+        assert of_the_living.exists()
+    os.kill(alive, signal.SIGKILL)
+    os.waitpid(alive, 0)
+    other = tmp_path / ".run.theirs.tmp"
+    other.mkdir()
+    with temporary_sibling(final):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -162,13 +164,16 @@ def commit_folder(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def temporary_sibling(final: Path) -> Iterator[Path]:
-    """A fresh folder beside `final`, on one file system with it; removed on exit if still there."""
+    """A fresh folder beside `final`, on one file system with it; removed on exit if still there.
+
+    Those that killed processes left there are removed too.
+    """
     require_place(final)
     with disk_errors_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-        )
+        _sweep_siblings(final)
+        prefix = f".{final.name}.{'-'.join(_machine())}-{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=final.parent))
         # mkdtemp makes it private; the result should be as readable as any folder of the user's.
         umask = os.umask(0)
         os.umask(umask)
@@ -177,6 +182,40 @@ def temporary_sibling(final: Path) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep_siblings(final: Path) -> None:
+    """Remove temporary folders of processes of this machine that are dead."""
+    host, boot = _machine()
+    ours = re.compile(rf"\.{re.escape(final.name)}\.{host}-([0-9a-f]+)-(\d+)-\w+\.tmp")
+    for path in final.parent.iterdir():
+        match = ours.fullmatch(path.name)
+        if match and not path.is_symlink() and (match[1] != boot or not _runs(int(match[2]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _machine() -> tuple[str, str]:
+    """What tells this machine from others, and since when its processes count."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + str(
+            Path("/proc/self/ns/pid").readlink()
+        )
+        return _short(socket.gethostname()), _short(boot)
+    return _short(socket.gethostname()), "0"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
