@@ -88,11 +88,12 @@ def sync_file(file: BinaryIO) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable. Without it a rename may be forgotten by a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with file_named(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def open_own(path: Path, *, new: bool) -> BinaryIO:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probecache.atomic import file_named
 from probecache.errors import OutputError
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def _take(folder: Path) -> Claim:
     path = folder / _NAME
     for _ in range(20):
         owner = _Owner.me()
-        handle = _create(path, owner)
+        with file_named(path):
+            handle = _create(path, owner)
         if handle is not None:
             return Claim(path, owner, handle)
         holder = _read(path)

@@ -381,7 +381,8 @@ def open_writer(
             unfinished = Unfinished(folder, begin())
             unfinished.begin()
             for inner in (folder.parent, folder.parent.parent):  # where new names are
-                sync_folder(inner)
+                with disk_errors_named(inner):
+                    sync_folder(inner)
         writer = CacheWriter(folder, folder.parent, blueprint, extends, unfinished, claim)
         try:
             writer.open_files()

@@ -41,6 +41,8 @@ __all__ = [
 
 # Hidden states between streamed blocks are kept this often.
 _SNAPSHOT_S = 5.0
+# And not oftener than takes a tenth of a slow disk's time.
+_SNAPSHOT_BYTES_PER_S = 25e6
 
 
 def begin(
@@ -149,11 +151,11 @@ class KeptSnapshots:
 
     def place(self, layer: int) -> Path | None:
         """See `Snapshots.place`: every few seconds, where there is room."""
-        if time.monotonic() - self._last < _SNAPSHOT_S:
-            return None
-        path, before = self._path(layer), self._record.snapshot
+        before = self._record.snapshot
         size = 0 if before is None else self._path(before).stat().st_size
-        return path if free_bytes(self._writer.folder) > 2 * size else None
+        if time.monotonic() - self._last < max(_SNAPSHOT_S, size / _SNAPSHOT_BYTES_PER_S):
+            return None
+        return self._path(layer) if free_bytes(self._writer.folder) > 2 * size else None
 
     def saved(self, layer: int) -> None:
         """See `Snapshots.saved`."""
