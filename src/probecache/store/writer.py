@@ -381,7 +381,7 @@ def open_writer(
             unfinished = Unfinished(folder, begin())
             unfinished.begin()
             for inner in (folder.parent, folder.parent.parent):  # where new names are
-                with disk_errors_named(inner):
+                with disk_errors_named(inner, needed):
                     sync_folder(inner)
         writer = CacheWriter(folder, folder.parent, blueprint, extends, unfinished, claim)
         try:
@@ -403,7 +403,8 @@ def finish_complete(final: Path) -> None:
     final = real_path(final)
     unfinished = find_unfinished(final)
     if unfinished is not None and unfinished.complete:
-        with _unfinished_folder(final) as (_, claim):
+        needed = unfinished.finished_path.stat().st_size  # the rest is there and only moves
+        with _unfinished_folder(final, needed) as (_, claim):
             finish(unfinished, claim)
     elif final.is_dir() and any(_TEMPORARY.fullmatch(path.name) for path in final.iterdir()):
         # Of a run that was killed while it tidied up; or of one that is alive, which says so.
