@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ __all__ = ["Claim", "claimed"]
 
 _NAME = "owner.json"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_TRIES, _AGAIN_S = 20, 0.01
 _TOUCH_S = 2.0
 _SILENT_S = 10.0  # a holder elsewhere that has not touched its claim for so long is dead
 
@@ -61,11 +63,12 @@ class _Owner:
         """Whether the process runs; only where it is `here`."""
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:
             pass
-        return self.started in ("", _started(self.pid))
+        started = _started(self.pid)
+        return started != "dead" and ("" in (started, self.started) or started == self.started)
 
 
 class Claim:
@@ -77,9 +80,14 @@ class Claim:
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
         self._thread.start()
 
+    @property
+    def held(self) -> bool:
+        """Whether no other writer has taken over."""
+        return _read(self._path) == self._owner
+
     def require(self) -> None:
         """Raise OutputError where another writer has taken over."""
-        if _read(self._path) != self._owner:
+        if not self.held:
             raise OutputError(
                 f"expected to be the only one who writes to {self._path.parent.parent}, but "
                 "another run has taken over while this one did not move; nothing was changed since"
@@ -89,7 +97,7 @@ class Claim:
         """Give the claim back."""
         self._over.set()
         self._thread.join()
-        if _read(self._path) == self._owner:
+        if self.held:
             self._path.unlink(missing_ok=True)
         os.close(self._handle)
 
@@ -101,67 +109,120 @@ class Claim:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Claim]:
-    """Hold the claim on a folder, which is there.
+    """Hold the claim on a folder, which is made where it is not there.
 
     Raises:
         OutputError: another writer holds it.
     """
-    claim = _take(folder)
+    path = folder / _NAME
+    taken = _take(path, parents=True)
+    if taken is None:
+        raise OutputError(
+            f"expected to be the only one who writes to {folder.parent}, but {_words(_read(path))} "
+            "is extracting into it; wait for it, or choose another --output"
+        )
+    claim = Claim(path, *taken)
     try:
         yield claim
     finally:
         claim.release()
 
 
-def _take(folder: Path) -> Claim:
-    path = folder / _NAME
-    for _ in range(20):
+def _take(path: Path, *, parents: bool = False) -> tuple[_Owner, int] | None:
+    """Owner and open file of a claim that is now ours; None where another is alive."""
+    for _ in range(_TRIES):
         owner = _Owner.me()
-        with file_named(path):
+        if parents:  # another run may have removed it while it tidied up
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), file_named(path):
             handle = _create(path, owner)
-        if handle is not None:
-            return Claim(path, owner, handle)
-        holder = _read(path)
-        if _lives(path, holder):
-            break
-        _remove_dead(path, holder)
-    raise OutputError(
-        f"expected to be the only one who writes to {folder.parent}, but {_words(_read(path))} is "
-        "extracting into it; wait for it, or choose another --output"
-    )
+            if handle is None:
+                state = _state(path)
+                if _lives(path, _read(path)):
+                    return None
+                handle = _replace(path, state, owner)
+            if handle is not None:
+                return owner, handle
+        time.sleep(_AGAIN_S)
+    return None
+
+
+def _replace(path: Path, state: str, owner: _Owner) -> int | None:
+    """Put our claim in a dead one's place; None where another is doing that, or has.
+
+    Of several who find the same dead claim only one may replace it, or the second would replace
+    the first: the one who holds the claim on that. Should he die over it, the same goes for his.
+    """
+    guard = path.with_name(f".{_NAME}.0-{state[:24]}.tmp")
+    taken = _take(guard)
+    if taken is None:
+        return None
+    try:
+        if _state(path) != state:
+            return None
+        temporary, handle = _written(path, owner)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            os.close(handle)
+            temporary.unlink(missing_ok=True)
+            raise
+        return handle
+    finally:
+        guard.unlink(missing_ok=True)
+        os.close(taken[1])
 
 
 def _create(path: Path, owner: _Owner) -> int | None:
     """Make the claim, whole from the first moment; None where there is one."""
-    temporary = path.with_name(f".{_NAME}.{os.getpid()}-{owner.token}.tmp")
+    temporary, handle = _written(path, owner)
+    kept = False
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-        os.write(handle, json.dumps(asdict(owner)).encode())
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            os.link(temporary, path)  # fails where the name is taken, on network disks too
-            return handle
-        except OSError as error:
-            os.close(handle)
-            if error.errno == errno.EEXIST:
-                return None
-            if error.errno not in _NO_LINKS:
-                raise
-            return _create_here(path, owner)
+        os.link(temporary, path)  # fails where the name is taken, on network disks too
+        kept = True
+        return handle
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            return None
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_here(path, owner)
     finally:
         temporary.unlink(missing_ok=True)
+        if not kept:
+            os.close(handle)
+
+
+def _written(path: Path, owner: _Owner) -> tuple[Path, int]:
+    """A claim beside the place where it will be, and its locked file."""
+    temporary = path.with_name(f".{_NAME}.{os.getpid()}-{owner.token}.tmp")
+    try:
+        temporary.write_text(json.dumps(asdict(owner)))
+        return temporary, _locked_file(temporary, 0)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _create_here(path: Path, owner: _Owner) -> int | None:
     """The same on a file system without hard links; for a moment the claim says nothing."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        handle = _locked_file(path, os.O_CREAT | os.O_EXCL)
     except FileExistsError:
         return None
-    with suppress(OSError):
+    try:
+        os.write(handle, json.dumps(asdict(owner)).encode())
+    except OSError:
+        path.unlink()
+        os.close(handle)
+        raise
+    return handle
+
+
+def _locked_file(path: Path, more: int) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | more, 0o666)
+    with suppress(OSError):  # where there are no locks, the rest of this module is enough
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.write(handle, json.dumps(asdict(owner)).encode())
     return handle
 
 
@@ -197,24 +258,21 @@ def _touched(path: Path) -> bool:
     return False
 
 
-def _remove_dead(path: Path, holder: _Owner | None) -> None:
-    """Move a dead holder's claim away, so that of several who would only one does."""
-    aside = path.with_name(f".{_NAME}.{os.getpid()}-{_token()}.tmp")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) != holder:  # a new holder was quicker: what was moved is his
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+def _state(path: Path) -> str:
+    """What tells a claim from a later one in its place, and from itself when it is touched."""
+    found = path.stat()
+    seen = f"{found.st_ino} {found.st_mtime_ns} ".encode() + path.read_bytes()
+    return hashlib.sha256(seen).hexdigest()
 
 
 def _read(path: Path) -> _Owner | None:
     try:
-        return _Owner(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        owner = _Owner(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    texts = (owner.host, owner.boot, owner.started, owner.token)
+    is_ours = all(isinstance(text, str) for text in texts) and type(owner.pid) is int
+    return owner if is_ours and owner.pid > 0 else None
 
 
 def _words(owner: _Owner | None) -> str:
@@ -234,7 +292,11 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks: a number may be given to another process."""
+    """When a process started, in the kernel's ticks: a number may be given to another process.
+
+    Empty where that is not known, "dead" where the process only waits for its parent's notice.
+    """
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "dead" if fields[0] in "ZX" else fields[19]
     return ""

@@ -421,14 +421,14 @@ def _unfinished_folder(final: Path, needed: int | None = None) -> Iterator[tuple
         raise OutputError(f"expected {folder} to be a folder, got a link; remove it")
     with disk_errors_named(final, needed):
         is_new = not final.exists()
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             with claimed(folder) as claim:
                 _sweep(final)
                 try:
                     yield folder, claim
                 finally:
-                    _leave(folder)
+                    if claim.held:
+                        _leave(folder)
         finally:
             # Only what is empty goes: where no claim was had, or nothing is left.
             for empty in [folder, final] if is_new else [folder]:
@@ -457,8 +457,12 @@ def _is_committed(final: Path, unfinished: Unfinished) -> bool:
 
 
 def _sweep(final: Path) -> None:
-    """Remove what killed runs were just writing; the claim says that none of them is alive."""
+    """Remove what killed runs were just writing; only who holds the claim may."""
     for folder in (final, final / UNFINISHED):
         for path in folder.iterdir():
             if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                # A run that is refused, or has just ended, removes its own at the same moment.
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
