@@ -10,10 +10,14 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.shapes import Shape, write_llama
+
+if TYPE_CHECKING:
+    from probecache.workflow.extract import Took
 
 
 def extract(arguments: dict[str, Any], limit: int | None) -> dict[str, float]:
@@ -33,11 +37,13 @@ def extract(arguments: dict[str, Any], limit: int | None) -> dict[str, float]:
     import probecache
 
     before, started = _io(), time.perf_counter()
-    cache = probecache.extract(**arguments, quiet=True)
+    took: list[Took] = []
+    cache = probecache.extract(**arguments, quiet=True, finished=took.append)
     seconds, after = time.perf_counter() - started, _io()
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     return {
         **cache.info.timing,
+        **asdict(took[0]),
         "call_s": seconds,
         "peak_rss": peak_rss(),
         "peak_gpu": int(on_gpu),

@@ -2,7 +2,7 @@
 
 All in one run, on the same token ids, in turn, each after a warm-up:
 
-    ours         probecache.extract into a cache on disk. Its seconds are the manifest's extract_s:
+    ours         probecache.extract into a cache on disk. Its seconds are the extract_s it tells:
                  first batch to last row handed over, without loading; the whole call is told too
     plain        the best loop that one writes by hand (`loops.PlainLoop`), model already loaded
     documented   output_hidden_states in batches (`loops.DocumentedLoop`), model already loaded
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from bench.shapes import SMALL, Shape, add_shape_options, layer_numbers, shape_o
 from probecache.prompts import fingerprint
 from probecache.store.reader import Cache
 from probecache.types import TokenizedPrompt
+from probecache.workflow.extract import Took
 
 OURS, WHOLE, PLAIN, DOCUMENTED, LIMIT, LIMIT_DISTINCT = (
     "probecache",
@@ -85,8 +86,9 @@ class Ours:
     folder: Path
     options: dict[str, Any]
 
-    def run(self, records: list[dict[str, Any]], number: int) -> tuple[Cache, float]:
-        """A cache of these records in a folder of its own, and the seconds of the whole call."""
+    def run(self, records: list[dict[str, Any]], number: int) -> tuple[Cache, Took, float]:
+        """A cache of these records in a folder of its own, what it took, seconds of the call."""
+        took: list[Took] = []
         started = time.perf_counter()
         cache = probecache.extract(
             model=str(self.model),
@@ -98,9 +100,10 @@ class Ours:
             system_prompt=self.case.system_prompt,
             device="cpu",
             quiet=True,
+            finished=took.append,
             **self.options,
         )
-        return cache, time.perf_counter() - started
+        return cache, took[0], time.perf_counter() - started
 
 
 def rows_of(cache: Cache) -> Rows:
@@ -165,8 +168,8 @@ def measure(case: Case, model: Path, options: argparse.Namespace, folder: Path) 
 def _ours_once(
     ours: Ours, prompts: Sequence[TokenizedPrompt], number: int, result: Measured
 ) -> tuple[float, Rows]:
-    cache, total = ours.run(ours.case.records, number)
-    timing = dict(cache.info.timing)
+    cache, took, total = ours.run(ours.case.records, number)
+    timing = {**cache.info.timing, **asdict(took)}
     if cache.identity.token_ids != fingerprint(prompts):
         sys.exit("expected probecache to have run the ids that the loops run, got others")
     if int(timing["distinct_tokens"]) != result.distinct:
@@ -176,7 +179,7 @@ def _ours_once(
         )
     result.ours = timing
     result.seconds.setdefault(WHOLE, []).append(total)
-    return timing["extract_s"], rows_of(cache)
+    return took.extract_s, rows_of(cache)
 
 
 def _timed(result: Measured, name: str, run: Callable[[], Rows]) -> Rows:
