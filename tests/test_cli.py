@@ -597,7 +597,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_in_one_line(refused, pairs, tmp_
         *("--output", tmp_path / "cache"),
     )
     assert "the disk or quota is full" in line
-    assert "nothing was kept" in line
+    assert "what was there before is untouched; free space and run the same command again" in line
 
 
 @pytest.mark.parametrize(
@@ -632,7 +632,7 @@ def test_an_interrupted_command_says_so_and_ends_with_its_own_code(
         *("--output", tmp_path / "cache", "--quiet"),
     )
     assert code == 130
-    assert err == "interrupted: what was not finished is not kept\n"
+    assert err == "stopped before any rows were on disk; nothing is kept\n"
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
 
 
