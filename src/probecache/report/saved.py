@@ -157,7 +157,8 @@ def _visible(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cc":
         return " "
-    return "\N{REPLACEMENT CHARACTER}" if category == "Cs" else character
+    unwritable = category == "Cs" or ord(character) & 0xFFFE == 0xFFFE  # XML has none of these
+    return "\N{REPLACEMENT CHARACTER}" if unwritable else character
 
 
 def _read_json(path: Path) -> Any:
