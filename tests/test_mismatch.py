@@ -347,6 +347,23 @@ def test_the_same_weights_elsewhere_are_the_same(model, tmp_path, way):
     assert extracted(other, cache.path, layers=[2]).layers == (1, 2)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cached", [1, 3])
+def test_layers_that_are_found_are_checked_although_others_are_run(model, tmp_path, engine, cached):
+    """Beside a run that goes on from them, or that ends below them."""
+    options = {"engine": engine, **WHOLE}
+    cache = extracted(model, tmp_path / "cache", layers=[cached], **options)
+    other = shutil.copytree(model, tmp_path / "other")
+    change_one_weight(other, f"model.layers.{cached - 1}.mlp.up_proj.weight")
+    before = content_of(cache.path)
+    with pytest.raises(MismatchError, match="weights: expected"):
+        extracted(other, cache.path, layers=[2, cached], **options)
+    assert content_of(cache.path) == before
+    assert extracted(model, cache.path, layers=[2, cached], **options).layers == (
+        *sorted({2, cached}),
+    )
+
+
 # ---------------------------------------------------------------- nothing is read for it alone
 
 

@@ -140,6 +140,9 @@ def _run(
         ) as writer:
             filling = Filling(writer, prepared, planned, existing, accept)
             identity = filling.fill(identity)
+            reused = {*prepared.layers} - {*blueprint.layers}
+            if reused:  # what was asked for and is not run must be of the same weights too
+                identity = _with_content(identity, prepared, max(reused), {})
             _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
             writer.commit(identity, filling.timing(), filling.execution())
             if finished is not None:
