@@ -129,6 +129,12 @@ class Change(NamedTuple):
 
 CHANGES = {
     "weights": Change(model=change_one_weight),
+    "config": Change(
+        model=lambda folder: edit(
+            folder / "config.json",
+            lambda config: config["rope_parameters"].update(rope_theta=500.0),
+        )
+    ),
     "dtype": Change(options={"dtype": "bfloat16"}),
     "adapter": Change(options={"adapter": "the adapter"}),
     "tokenizer": Change(model=change_vocabulary),
@@ -241,7 +247,9 @@ def test_vectors_score_no_cache_that_differs(model, adapter, tmp_path, name):
     assert any(f"Scored across a difference in {name}: " in line for line in result.warnings)
 
 
-@pytest.mark.parametrize("name", ["weights", "chat_template", "attention", "tokenizer", "adapter"])
+@pytest.mark.parametrize(
+    "name", ["weights", "config", "chat_template", "attention", "tokenizer", "adapter"]
+)
 def test_vectors_score_no_model_that_differs(model, adapter, tmp_path, name):
     change = CHANGES[name]
     vectors = probecache.train(cache=extracted(model, tmp_path / "cache"), output=tmp_path / "run")
@@ -364,6 +372,25 @@ def test_layers_that_are_found_are_checked_although_others_are_run(model, tmp_pa
     )
 
 
+def test_a_config_that_computes_the_same_is_the_same(model, tmp_path):
+    cache = extracted(model, tmp_path / "cache")
+    other = shutil.copytree(model, tmp_path / "other")
+    said = {"transformers_version": "5.0.0", "use_cache": False, "architectures": None}
+    edit(other / "config.json", lambda config: config.update(said))
+    assert extracted(other, cache.path, layers=[2]).layers == (1, 2)
+
+
+def test_a_model_is_scored_on_special_tokens_where_the_vectors_were_trained_on_them(
+    model, tmp_path
+):
+    cache = extracted(model, tmp_path / "cache", positions="all", keep_special_tokens=True)
+    vectors = probecache.train(cache=cache, output=tmp_path / "run")
+    task = {"vectors": vectors, "data": RECORDS, "output": tmp_path / "validation"}
+    found = probecache.validate(model=str(model), quiet=True, device="cpu", **task)
+    expected = probecache.validate(cache=cache, **{**task, "output": tmp_path / "cached"})
+    assert found.best.scores.tolist() == expected.best.scores.tolist()
+
+
 # ---------------------------------------------------------------- nothing is read for it alone
 
 
@@ -386,6 +413,7 @@ def bytes_of(cache, monkeypatch, folder, **options):
 @pytest.fixture
 def memo(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("probecache.memo._TICK_NS", 0)  # the files here are just made
     return tmp_path / "home" / "probecache" / "weights.json"
 
 
@@ -402,6 +430,22 @@ def test_weights_are_read_once_and_not_again_for_nothing(
     norm = load_file(model / "model.safetensors")["model.norm.weight"].nbytes
     assert bytes_of(tmp_path / "cache", monkeypatch, model, **options) == needed - norm
     assert bytes_of(tmp_path / "cache", monkeypatch, model, **options) == 0
+
+
+def test_a_moved_folder_is_not_read_again(model, tmp_path, monkeypatch, memo):
+    folder = shutil.copytree(model, tmp_path / "model")
+    extracted(folder, tmp_path / "cache")
+    moved = folder.rename(tmp_path / "moved")
+    assert bytes_of(tmp_path / "cache", monkeypatch, moved) == 0
+
+
+def test_a_file_that_was_just_written_is_not_remembered(model, tmp_path, monkeypatch, memo):
+    """Whoever writes to it again within one tick of the clock leaves its times as they are."""
+    monkeypatch.setattr("probecache.memo._TICK_NS", 60 * 10**9)
+    folder = shutil.copytree(model, tmp_path / "model")
+    extracted(folder, tmp_path / "cache")
+    assert not memo.exists()
+    assert bytes_of(tmp_path / "cache", monkeypatch, folder) > 0
 
 
 def test_a_file_that_was_changed_in_place_is_read_again(model, tmp_path, memo):
