@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import probecache
-from probecache.errors import MismatchError, ModelError
+from probecache.errors import Interrupted, MismatchError, ModelError
 from probecache.identity import EXTENDING, SCORING
 
 # Matrices larger than the samples that are taken of them: 512 KB and more.
@@ -370,6 +370,32 @@ def test_layers_that_are_found_are_checked_although_others_are_run(model, tmp_pa
     assert extracted(model, cache.path, layers=[2, cached], **options).layers == (
         *sorted({2, cached}),
     )
+
+
+def test_a_streamed_run_does_not_go_on_with_other_weights_than_it_was_stopped_with(
+    model, tmp_path, monkeypatch
+):
+    from probecache.models import ModelSource
+
+    folder = shutil.copytree(model, tmp_path / "model")
+    options = {"layers": [1, 2, 3], "positions": "all", "engine": "stream"}
+    build_block = ModelSource.build_block
+
+    def stopped(self, index, weights):
+        if index == 2:
+            raise KeyboardInterrupt
+        return build_block(self, index, weights)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelSource, "build_block", stopped)
+        with pytest.raises(Interrupted, match=r"66\.7% of the rows"):
+            extracted(folder, tmp_path / "cache", **options)
+    change_one_weight(folder)
+    with pytest.raises(MismatchError, match=r"weights: expected \{1: content .*got \{1: content"):
+        extracted(folder, tmp_path / "cache", **options)
+    assert not (tmp_path / "cache" / "layer_info.json").exists()
+    change_one_weight(folder)  # back again
+    assert extracted(folder, tmp_path / "cache", **options).layers == (1, 2, 3)
 
 
 def test_a_config_that_computes_the_same_is_the_same(model, tmp_path):
