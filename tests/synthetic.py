@@ -23,6 +23,7 @@ IDENTITY = Identity(
     revision=None,
     weights={},
     weight_samples={},
+    config="3" * 64,
     architecture="Planted",
     num_hidden_layers=24,
     hidden_size=1,

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from probecache.memo import Memo, state_of
+from probecache.memo import Memo, settled, state_of
 
 
 @pytest.fixture
@@ -18,7 +18,8 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shard(tmp_path):
-    file = tmp_path / "shard"
+    file = tmp_path / "model" / "shard"
+    file.parent.mkdir()
     file.write_bytes(b"weights")
     return file
 
@@ -76,8 +77,21 @@ def test_an_opened_file_is_known_by_itself_and_not_by_what_took_its_name(shard):
     with shard.open("rb") as opened:
         before = state_of(shard)
         replaced(shard)
-        assert state_of(shard, opened.fileno())[:3] == before[:3]
-        assert state_of(shard, opened.fileno())[4] == before[4] != state_of(shard)[4]
+        found = state_of(shard, opened.fileno())
+        assert found[:3] == before[:3]
+        assert found[1] == before[1] != state_of(shard)[1]
+
+
+def test_a_file_keeps_its_digests_wherever_its_folder_goes(place, shard):
+    saved(shard, one="1")
+    moved = shard.parent.rename(shard.parent.with_name("moved")) / shard.name
+    assert Memo.load().get(state_of(moved), "one") == "1"
+
+
+def test_a_later_change_shows_once_the_file_is_older_than_a_tick_of_the_clock(shard, monkeypatch):
+    assert not settled(state_of(shard))
+    monkeypatch.setattr("probecache.memo._TICK_NS", -(10**10))
+    assert settled(state_of(shard))
 
 
 def test_two_processes_do_not_lose_what_the_other_saved(place, shard, tmp_path):
@@ -115,6 +129,6 @@ def test_it_does_not_grow_without_end(place, shard, monkeypatch):
     monkeypatch.setattr("probecache.memo._MOST_FILES", 3)
     memo = Memo.load()
     for number in range(5):
-        memo.put((f"/file{number}", 1, 2, 3, 4, 5), "t", "d")
+        memo.put((1, number, 3, 4, 5), "t", "d")
     memo.save()
-    assert list(json.loads(place.read_bytes())) == ["/file2", "/file3", "/file4"]
+    assert list(json.loads(place.read_bytes())) == ["1:2", "1:3", "1:4"]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import probecache
-from probecache.errors import MismatchError, ModelError
+from probecache.errors import Interrupted, MismatchError, ModelError
 from probecache.identity import EXTENDING, SCORING
 
 # Matrices larger than the samples that are taken of them: 512 KB and more.
@@ -129,6 +129,12 @@ class Change(NamedTuple):
 
 CHANGES = {
     "weights": Change(model=change_one_weight),
+    "config": Change(
+        model=lambda folder: edit(
+            folder / "config.json",
+            lambda config: config["rope_parameters"].update(rope_theta=500.0),
+        )
+    ),
     "dtype": Change(options={"dtype": "bfloat16"}),
     "adapter": Change(options={"adapter": "the adapter"}),
     "tokenizer": Change(model=change_vocabulary),
@@ -241,7 +247,9 @@ def test_vectors_score_no_cache_that_differs(model, adapter, tmp_path, name):
     assert any(f"Scored across a difference in {name}: " in line for line in result.warnings)
 
 
-@pytest.mark.parametrize("name", ["weights", "chat_template", "attention", "tokenizer", "adapter"])
+@pytest.mark.parametrize(
+    "name", ["weights", "config", "chat_template", "attention", "tokenizer", "adapter"]
+)
 def test_vectors_score_no_model_that_differs(model, adapter, tmp_path, name):
     change = CHANGES[name]
     vectors = probecache.train(cache=extracted(model, tmp_path / "cache"), output=tmp_path / "run")
@@ -347,6 +355,68 @@ def test_the_same_weights_elsewhere_are_the_same(model, tmp_path, way):
     assert extracted(other, cache.path, layers=[2]).layers == (1, 2)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cached", [1, 3])
+def test_layers_that_are_found_are_checked_although_others_are_run(model, tmp_path, engine, cached):
+    """Beside a run that goes on from them, or that ends below them."""
+    options = {"engine": engine, **WHOLE}
+    cache = extracted(model, tmp_path / "cache", layers=[cached], **options)
+    other = shutil.copytree(model, tmp_path / "other")
+    change_one_weight(other, f"model.layers.{cached - 1}.mlp.up_proj.weight")
+    before = content_of(cache.path)
+    with pytest.raises(MismatchError, match="weights: expected"):
+        extracted(other, cache.path, layers=[2, cached], **options)
+    assert content_of(cache.path) == before
+    assert extracted(model, cache.path, layers=[2, cached], **options).layers == (
+        *sorted({2, cached}),
+    )
+
+
+def test_a_streamed_run_does_not_go_on_with_other_weights_than_it_was_stopped_with(
+    model, tmp_path, monkeypatch
+):
+    from probecache.models import ModelSource
+
+    folder = shutil.copytree(model, tmp_path / "model")
+    options = {"layers": [1, 2, 3], "positions": "all", "engine": "stream"}
+    build_block = ModelSource.build_block
+
+    def stopped(self, index, weights):
+        if index == 2:
+            raise KeyboardInterrupt
+        return build_block(self, index, weights)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelSource, "build_block", stopped)
+        with pytest.raises(Interrupted, match=r"66\.7% of the rows"):
+            extracted(folder, tmp_path / "cache", **options)
+    change_one_weight(folder)
+    with pytest.raises(MismatchError, match=r"weights: expected \{1: content .*got \{1: content"):
+        extracted(folder, tmp_path / "cache", **options)
+    assert not (tmp_path / "cache" / "layer_info.json").exists()
+    change_one_weight(folder)  # back again
+    assert extracted(folder, tmp_path / "cache", **options).layers == (1, 2, 3)
+
+
+def test_a_config_that_computes_the_same_is_the_same(model, tmp_path):
+    cache = extracted(model, tmp_path / "cache")
+    other = shutil.copytree(model, tmp_path / "other")
+    said = {"transformers_version": "5.0.0", "use_cache": False, "architectures": None}
+    edit(other / "config.json", lambda config: config.update(said))
+    assert extracted(other, cache.path, layers=[2]).layers == (1, 2)
+
+
+def test_a_model_is_scored_on_special_tokens_where_the_vectors_were_trained_on_them(
+    model, tmp_path
+):
+    cache = extracted(model, tmp_path / "cache", positions="all", keep_special_tokens=True)
+    vectors = probecache.train(cache=cache, output=tmp_path / "run")
+    task = {"vectors": vectors, "data": RECORDS, "output": tmp_path / "validation"}
+    found = probecache.validate(model=str(model), quiet=True, device="cpu", **task)
+    expected = probecache.validate(cache=cache, **{**task, "output": tmp_path / "cached"})
+    assert found.best.scores.tolist() == expected.best.scores.tolist()
+
+
 # ---------------------------------------------------------------- nothing is read for it alone
 
 
@@ -369,6 +439,7 @@ def bytes_of(cache, monkeypatch, folder, **options):
 @pytest.fixture
 def memo(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("probecache.memo._TICK_NS", 0)  # the files here are just made
     return tmp_path / "home" / "probecache" / "weights.json"
 
 
@@ -385,6 +456,22 @@ def test_weights_are_read_once_and_not_again_for_nothing(
     norm = load_file(model / "model.safetensors")["model.norm.weight"].nbytes
     assert bytes_of(tmp_path / "cache", monkeypatch, model, **options) == needed - norm
     assert bytes_of(tmp_path / "cache", monkeypatch, model, **options) == 0
+
+
+def test_a_moved_folder_is_not_read_again(model, tmp_path, monkeypatch, memo):
+    folder = shutil.copytree(model, tmp_path / "model")
+    extracted(folder, tmp_path / "cache")
+    moved = folder.rename(tmp_path / "moved")
+    assert bytes_of(tmp_path / "cache", monkeypatch, moved) == 0
+
+
+def test_a_file_that_was_just_written_is_not_remembered(model, tmp_path, monkeypatch, memo):
+    """Whoever writes to it again within one tick of the clock leaves its times as they are."""
+    monkeypatch.setattr("probecache.memo._TICK_NS", 60 * 10**9)
+    folder = shutil.copytree(model, tmp_path / "model")
+    extracted(folder, tmp_path / "cache")
+    assert not memo.exists()
+    assert bytes_of(tmp_path / "cache", monkeypatch, folder) > 0
 
 
 def test_a_file_that_was_changed_in_place_is_read_again(model, tmp_path, memo):

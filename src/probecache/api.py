@@ -286,7 +286,8 @@ def validate(
         visualize: plots and report.html too.
         allow_mismatch: identity fields in which vectors and cache may differ.
         extraction: with `model`: further arguments of `extract`; dtype, system prompt, chat
-            template and the date it is told are by default those that the vectors were made with.
+            template, the date it is told and keep_special_tokens are by default those that the
+            vectors were made with.
 
     Raises:
         ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
@@ -529,4 +530,5 @@ def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
         "system_prompt": identity.system_prompt,
         "chat_template": identity.chat_template is not None,
         "default_date": identity.template_date,
+        "keep_special_tokens": identity.special_tokens_kept,
     }

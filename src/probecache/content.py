@@ -1,4 +1,4 @@
-"""What names a model's weights and its tokenizer: their whole content, of weights layer by layer.
+"""What names a model's weights, config and tokenizer: their content, of weights layer by layer.
 
     weights[0] = H(tensors outside the blocks)
     weights[L] = H(weights[L - 1], tensors of block L - 1)
@@ -30,7 +30,18 @@ if TYPE_CHECKING:
     from probecache.models import ModelSource
     from probecache.prompts import Tokenizer
 
-__all__ = ["tokenizer_content", "weights_content"]
+__all__ = ["config_content", "tokenizer_content", "weights_content"]
+
+# What a config says beside what the model computes; and what `Identity` has a field of its own for.
+_NOT_COMPUTED = (
+    *("architectures", "transformers_version", "use_cache", "return_dict", "problem_type"),
+    *("output_hidden_states", "output_attentions", "id2label", "label2id"),
+    *("bos_token_id", "eos_token_id"),
+)
+_TOLD_APART = (
+    *("model_type", "num_hidden_layers", "hidden_size", "dtype", "torch_dtype"),
+    "quantization_config",
+)
 
 _THREADS = 4
 
@@ -68,6 +79,26 @@ def weights_content(
     return found
 
 
+def config_content(config: Any) -> str:
+    """SHA-256 of what a config tells the model to compute: rotary base, norms, windows, caps ...
+
+    Left out is what changes nothing in the residual stream or has a field of its own.
+    """
+    text = json.dumps(_computed(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _computed(settings: Any) -> Any:
+    """Settings without those that are left out, in configs within the config too."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: _computed(value)
+        for name, value in settings.items()
+        if name not in (*_NOT_COMPUTED, *_TOLD_APART) and not str(name).startswith("_")
+    }
+
+
 def tokenizer_content(tokenizer: Tokenizer) -> str:
     """SHA-256 of the vocabulary, its rules and the special tokens, chat template apart."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -97,8 +128,7 @@ class _Digests:
         self.memo = Memo.load()
         self._reader = source.reader
         self._states: dict[str, FileState] = {}
-        for name, (state, digest) in list(self._reader.digests.items()):  # more may come
-            self.memo.put(state, name, digest)
+        self._remember(list(self._reader.digests))  # a thread may be adding to it
 
     def missing(self, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
         """Those of which no digest is known."""
@@ -120,9 +150,14 @@ class _Digests:
             ThreadPoolExecutor(_THREADS) as pool,
         ):
             for tensor, _ in zip(missing, pool.map(self._reader.hash, missing), strict=True):
-                state, digest = self._reader.digests[tensor.name]
-                self.memo.put(state, tensor.name, digest)
+                self._remember([tensor.name])
                 progress.update(tensor.size)
+
+    def _remember(self, names: Sequence[str]) -> None:
+        for name in names:
+            state, digest = self._reader.digests[name]
+            if state is not None:
+                self.memo.put(state, name, digest)
 
     def link(self, before: str, tensors: Sequence[StoredTensor]) -> str:
         """One step of the chain."""

@@ -174,6 +174,11 @@ class ModelSource:
         return tokenizer
 
     @property
+    def revision(self) -> str | None:
+        """The commit of a hub model; None of a folder."""
+        return None if self._is_local else self.folder.name
+
+    @property
     def attention(self) -> str:
         """The attention implementation that transformers will choose."""
         return str(getattr(self._shell.config, "_attn_implementation", None))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, one_line
-from probecache.memo import state_of
+from probecache.memo import settled, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -77,12 +77,13 @@ class WeightReader:
     Attributes:
         device: where whole tensors go: the CPU, or a CUDA device.
         bytes_read: bytes of weights read so far.
-        digests: of every tensor read so far, by its name: the file's state then, and the SHA-256.
+        digests: of every tensor read so far, by its name: the file's state then, or None
+            where that may not show a later change, and the SHA-256.
     """
 
     device: torch.device
     bytes_read: int = 0
-    digests: dict[str, tuple[FileState, str]] = field(default_factory=dict, repr=False)
+    digests: dict[str, tuple[FileState | None, str]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _streams: list[Any] = field(default_factory=list, repr=False)
 
@@ -160,7 +161,8 @@ class WeightReader:
         """Read a tensor's bytes and hash them; `place` gives where those from a number on go."""
         path, digest, done = _place_of(stored), hashlib.sha256(), 0
         with path.open("rb", buffering=0) as file:
-            state = state_of(path, file.fileno())
+            found = state_of(path, file.fileno())
+            state = found if settled(found) else None
             file.seek(stored.offset)
             while done < stored.size:
                 piece = place(done)
@@ -172,7 +174,7 @@ class WeightReader:
         self._count(stored)
         self._keep_digest(stored, state, digest.hexdigest())
 
-    def _keep_digest(self, stored: StoredTensor, state: FileState, digest: str) -> None:
+    def _keep_digest(self, stored: StoredTensor, state: FileState | None, digest: str) -> None:
         with self._lock:
             earlier = self.digests.setdefault(stored.name, (state, digest))
         if earlier[1] != digest:

@@ -119,6 +119,7 @@ class Identity:
     revision: str | None
     weights: Mapping[int, str]
     weight_samples: Mapping[int, str]
+    config: str
     architecture: str
     num_hidden_layers: int
     hidden_size: int

@@ -140,6 +140,9 @@ def _run(
         ) as writer:
             filling = Filling(writer, prepared, planned, existing, accept)
             identity = filling.fill(identity)
+            reused = {*prepared.layers} - {*blueprint.layers}
+            if reused:  # what was asked for and is not run must be of the same weights too
+                identity = _with_content(identity, prepared, max(reused), {})
             _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
             writer.commit(identity, filling.timing(), filling.execution())
             if finished is not None:
@@ -236,6 +239,7 @@ class Filling:
         self._writer, self._prepared, self._planned = writer, prepared, planned
         self._existing, self._execution = existing, planned.execution
         self._progress = writer.unfinished.progress
+        self._named_layers: set[int] = set()  # of the present passage
         self._load_s = self._extract_s = 0.0
         self._peak = 0
 
@@ -292,6 +296,7 @@ class Filling:
         if not streamed:  # what has been read may be refused before anything is computed
             identity = self._checked(identity, passage)
         self._progress.identity = identity
+        self._named_layers.clear()
         run.prepare(self._progress.passages.get(passage.start))
         self._run(run)
         if streamed:
@@ -306,9 +311,13 @@ class Filling:
             known = self._known(identity).weights  # of blocks that an interrupted run has read
         return _with_content(identity, self._prepared, layer, known)
 
-    def _checked(self, identity: Identity, passage: Passage) -> Identity:
-        """The identity with the weights that a passage has read, refused where they differ."""
-        found = self._named(identity, passage, passage.layers[-1])
+    def _checked(self, identity: Identity, passage: Passage, layer: int | None = None) -> Identity:
+        """The identity with the weights that a passage has read, refused where they differ.
+
+        Args:
+            layer: up to which; None: the passage's last.
+        """
+        found = self._named(identity, passage, passage.layers[-1] if layer is None else layer)
         _require_all(found, self._prepared, self._existing, self._accept)
         require_unchanged(self._progress.identity, found)
         return found
@@ -351,9 +360,21 @@ class Filling:
             run.require_apart()
             if not self._prepared.request.allow_nonfinite:
                 _require_finite(rows, self._prepared)
+        self._name_weights(run.passage, rows.layer)
         if not self._writer.done([rows.layer])[list(rows.prompts)].all():
             self._writer.write(rows.layer, rows.prompts, rows.values)
             self._writer.record_now_and_then()
+
+    def _name_weights(self, passage: Passage, layer: int) -> None:
+        """Before rows of a layer are kept: the weights that made them have a name.
+
+        A streamed run that is stopped would else leave rows of which nobody can say, when it goes
+        on, whether they were made by the weights that are read then.
+        """
+        if self._execution.engine is EngineName.STREAM and layer not in self._named_layers:
+            assert self._progress.identity is not None
+            self._progress.identity = self._checked(self._progress.identity, passage, layer)
+            self._named_layers.add(layer)
 
 
 def _require_finite(rows: Rows, prepared: Preparation) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from probecache.atomic import free_bytes, real_path
-from probecache.content import tokenizer_content
+from probecache.content import config_content, tokenizer_content
 from probecache.dataset import Dataset, load_dataset
 from probecache.dates import choose_day
 from probecache.errors import MismatchError, OutputError
@@ -318,9 +318,10 @@ def _identity(
     template = source.tokenizer.chat_template if request.prompts.chat_template else None
     return Identity(
         model=request.model.model,
-        revision=request.model.revision,
+        revision=source.revision,
         weights={},
         weight_samples={},
+        config=config_content(source.config),
         architecture=source.architecture,
         num_hidden_layers=source.num_hidden_layers,
         hidden_size=source.hidden_size,
