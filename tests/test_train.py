@@ -195,6 +195,13 @@ def test_the_runs_own_file_says_the_same_of_the_whole(cache, tmp_path):
     manifest = manifest_of(run / "normalized_vectors")
     assert whole.pop("format") == "probecache-run"
     assert whole["source_cache"] == "(not kept)"
+    whole.pop("manifest_sha256")
+    for name, record in whole.pop("files").items():
+        content = (run / name).read_bytes()
+        assert record == {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     assert whole == {name: manifest[name] for name in whole}
     assert {"method", "positive_class", "layers", "identity", "source_cache_sha256"} <= set(whole)
 
@@ -314,7 +321,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(cache, empty, monkeypat
         real(*arguments)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OutputError, match=r"disk or quota is full .* nothing was kept"):
+    with pytest.raises(OutputError, match=r"disk or quota is full .* same command again"):
         train(cache, empty / "run")
     assert len(saved) == 5
 
