@@ -231,6 +231,7 @@ class CacheWriter:
         self._files = dict(zip(jobs, files, strict=True))
         if done is None:
             for layer in self.blueprint.layers:
+                self._write_checksums(layer)  # so that its name is there for good, too
                 sync_folder(self.folder / f"layer_{layer}")
         self.record()
 
@@ -286,7 +287,11 @@ class CacheWriter:
             sync_file(file)
 
     def _read_checksums(self, layer: int) -> NDArray[np.uint32]:
-        content = (self.folder / checksums_path(layer)).read_bytes()
+        """What is there of them; rows without theirs are made again."""
+        try:
+            content = (self.folder / checksums_path(layer)).read_bytes()
+        except FileNotFoundError:
+            content = b""
         found = np.zeros(len(self._labels), dtype="<u4")
         known = np.frombuffer(content, dtype="<u4", count=min(len(content) // 4, len(found)))
         found[: len(known)] = known
