@@ -26,7 +26,7 @@ from probecache.errors import StoreError
 from probecache.store.journal import find_unfinished
 from probecache.store.verify import verify
 
-KILLS = 18  # of every way to run
+KILLS = 13  # of every way to run
 WAYS = {
     "shared": ["--engine", "resident", "--positions", "last"],
     "shared, all tokens": ["--engine", "resident", "--positions", "all"],
@@ -42,8 +42,11 @@ ADDITIONS = {
 
 
 @pytest.fixture(scope="module")
-def commands():
+def commands(model, data, tmp_path_factory):
     with Commands() as made:
+        warm = tmp_path_factory.mktemp("warm") / "c"  # what is read for the first time takes longer
+        done = made.run("extract", "--model", model, "--data", data, "--output", warm)
+        assert done.code == 0, done.err
         yield made
 
 
@@ -167,31 +170,33 @@ def holds(output, process):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*WAYS, *ADDITIONS])
 def test_an_extraction_killed_again_and_again_ends_as_if_nothing_had_happened(
-    commands, extraction, whole, tmp_path, name, record_property
+    commands, extraction, whole, tmp_path, name
 ):
     root, seconds = whole(name)
     way = {**WAYS, **ADDITIONS}[name]
-    chance, kills, resumed, finished = random.Random(name), 0, 0, 0
+    chance, kills, resumed, finished, fresh = random.Random(name), 0, 0, 0, True
     while kills < KILLS or not finished:
         place = tmp_path / f"p{finished}"
-        shutil.copytree(root / "before", place, dirs_exist_ok=True)
+        if fresh:
+            shutil.copytree(root / "before", place)
+        delay = chance.uniform(0.05, 1) * seconds
         (child,) = commands.start(*extraction(place / "c", way))
         if kills < KILLS:
-            time.sleep(chance.uniform(0.05, 1.1) * seconds)
+            time.sleep(delay)
             os.kill(child, signal.SIGKILL)
         (end,) = commands.wait()
         if end.code == -signal.SIGKILL:
             kills += 1
             resumed += share_on_disk(place / "c") > 0
             require_old_or_new(place / "c", root)
+            fresh = False
             continue
         assert end.code == 0, end.err
         require_as_undisturbed(place, root)
-        finished += 1
+        if fresh:  # it was quicker than the reference: aim better
+            seconds = min(seconds, delay)
+        finished, fresh = finished + 1, True
     assert resumed > 0
-    record_property("kills", kills)
-    record_property("with rows on disk", resumed)
-    record_property("extractions", finished)
 
 
 @pytest.mark.slow
@@ -280,8 +285,7 @@ def test_a_stopped_command_that_caches_nothing_says_so(commands, model, data, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flock", [True, False], ids=["locks", "locks without effect"])
-@pytest.mark.parametrize("count", [2, 8])
-@pytest.mark.parametrize("name", ["shared, all tokens", "added"])
+@pytest.mark.parametrize(("name", "count"), [("shared", 2), ("shared", 8), ("added", 8)])
 def test_of_several_commands_at_once_one_writes_and_the_others_are_told(
     commands, extraction, whole, tmp_path, name, count, flock
 ):
