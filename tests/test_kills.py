@@ -22,9 +22,10 @@ from faults import tree_hash
 from fork_server import Commands
 
 import probecache
-from probecache.errors import StoreError
+from probecache.errors import MismatchError, StoreError
 from probecache.store.journal import find_unfinished
 from probecache.store.verify import verify
+from probecache.workflow import extract as extract_module
 
 KILLS = 13  # of every way to run
 WAYS = {
@@ -64,7 +65,7 @@ def data(tmp_path_factory):
             "question": " ".join(chance.choices(words, k=chance.randint(2, 12))),
             "type": chance.choice(["testing", "deployment"]),
         }
-        for _ in range(120)
+        for _ in range(80)
     ]
     path = tmp_path_factory.mktemp("data") / "data.json"
     path.write_text(json.dumps(records))
@@ -157,6 +158,14 @@ def minds_the_signal(process):
     return int(caught[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
+def paused(commands, words):
+    """A command that has stopped amid its rows; its process id."""
+    (child,) = commands.start(*words, pause=9)
+    stat = Path(f"/proc/{child}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+    return child
+
+
 def holds(output, process):
     """Whether a process writes there."""
     with suppress(OSError):
@@ -232,9 +241,10 @@ def test_who_is_stopped_says_how_much_is_on_disk_and_goes_on_from_there(
     root, _ = whole("padded, all tokens")
     place = tmp_path / "p"
     words = extraction(place / "c", WAYS["padded, all tokens"])
-    (child,) = commands.start(*words, record_s=0)
-    wait_until(lambda: 0 < share_on_disk(place / "c") < 1)
+    child = paused(commands, words)
+    assert 0 < share_on_disk(place / "c") < 1
     os.kill(child, number)
+    os.kill(child, signal.SIGCONT)
     (end,) = commands.wait()
     assert end.code == code
     said = re.fullmatch(
@@ -307,6 +317,43 @@ def test_of_several_commands_at_once_one_writes_and_the_others_are_told(
     again = commands.run(*extraction(place / "c", way))
     assert again.code == 0, again.err
     require_as_undisturbed(place, root)
+
+
+def test_what_another_run_begins_at_the_last_moment_is_not_taken_for_ones_own(
+    commands, extraction, whole, model, data, tmp_path, monkeypatch
+):
+    """As many prompts of another data set, killed between this run's checks and its claim."""
+    others = tmp_path / "others.json"
+    records = [
+        {**record, "question": record["question"] + "?"} for record in json.loads(data.read_text())
+    ]
+    others.write_text(json.dumps(records))
+    output = tmp_path / "c"
+    words = extraction(output, WAYS["padded, all tokens"])
+    real = extract_module.open_writer
+
+    def open_writer(*arguments):
+        os.kill(paused(commands, words), signal.SIGKILL)
+        commands.wait()
+        assert 0 < share_on_disk(output) < 1
+        return real(*arguments)
+
+    monkeypatch.setattr(extract_module, "open_writer", open_writer)
+    with pytest.raises(MismatchError, match="unfinished extraction"):
+        probecache.extract(
+            model=str(model),
+            data=others,
+            output=output,
+            layers=[1, 2, 4],
+            engine="resident",
+            positions="all",
+        )
+    ended = commands.run(*words)
+    assert ended.code == 0, ended.err
+    require_same_rows(
+        probecache.open_cache(output),
+        probecache.open_cache(whole("padded, all tokens")[0] / "after/c"),
+    )
 
 
 # ---------------------------------------------------------------- what the system is asked
