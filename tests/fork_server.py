@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Commands:
 
         Args:
             flock: False makes file locks have no effect.
-            more: `record_s`: seconds between two records of what is on disk.
+            more: `pause`: the process stops, as by Ctrl-Z, once it has recorded so many times what
+                is on disk, which it then does after every batch.
         """
         words = [str(word) for word in arguments]
         return self._ask({"words": words, "count": count, "flock": flock, **more})
@@ -120,9 +122,12 @@ def run_command(request: dict[str, Any], said: list[int]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, handle in enumerate([nothing, *said]):
         os.dup2(handle, number)
-    writer._RECORD_S = request.get("record_s", 0.05)
+    writer._RECORD_S = 0.05
     writer._RECORD_SHARE = 0
     os.fsync = lambda _: None  # what a killed process has written, the kernel has
+    if "pause" in request:
+        writer._RECORD_S = 0
+        pause_after(writer.CacheWriter, request["pause"])
     if not request["flock"]:
         import fcntl
 
@@ -138,6 +143,18 @@ def run_command(request: dict[str, Any], said: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def pause_after(writer: Any, records: int) -> None:
+    real, calls = writer.record, []
+
+    def record(self: Any) -> None:
+        real(self)
+        calls.append(None)
+        if len(calls) == records:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    writer.record = record
 
 
 def ended(child: int, said: list[int]) -> list[Any]:

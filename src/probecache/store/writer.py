@@ -373,7 +373,8 @@ def open_writer(
     Args:
         final: where the cache will be, or is, when layers are added to it.
         blueprint: what to write; when adding, of the missing layers.
-        begin: says what is begun; asked only where nothing is unfinished yet.
+        begin: says what is begun, or raises where what is unfinished there is another's. Asked when
+            no other run can begin or go on with anything there.
         extends: the manifest of the existing cache that gains layers.
 
     Raises:
@@ -381,9 +382,9 @@ def open_writer(
     """
     needed = blueprint.bytes_per_layer * len(blueprint.layers)
     with _unfinished_folder(final, needed) as (folder, claim):
-        unfinished = find_unfinished(folder.parent)
+        begun, unfinished = begin(), find_unfinished(folder.parent)
         if unfinished is None:
-            unfinished = Unfinished(folder, begin())
+            unfinished = Unfinished(folder, begun)
             unfinished.begin()
             for inner in (folder.parent, folder.parent.parent):  # where new names are
                 with disk_errors_named(inner, needed):

@@ -24,7 +24,7 @@ from probecache.identity import EXTENDING, require_same
 from probecache.loaded import LoadedModel
 from probecache.memory import peak_bytes
 from probecache.progress import Progress
-from probecache.store.journal import find_unfinished
+from probecache.store.journal import Begun, find_unfinished
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import (
     CacheWriter,
@@ -133,11 +133,14 @@ def _run(
     finished: Callable[[Took], None] | None,
 ) -> None:
     output, info = Path(planned.output), existing.info if existing else None
-    blueprint = missing(prepared.blueprint, existing)
+    blueprint, as_read = missing(prepared.blueprint, existing), identity
+
+    def begun() -> Begun:
+        require_same_run(planned, prepared, as_read)  # another may have begun since it was asked
+        return begin(prepared, planned, as_read)
+
     try:
-        with open_writer(
-            output, blueprint, lambda: begin(prepared, planned, identity), info
-        ) as writer:
+        with open_writer(output, blueprint, begun, info) as writer:
             filling = Filling(writer, prepared, planned, existing, accept)
             identity = filling.fill(identity)
             reused = {*prepared.layers} - {*blueprint.layers}
