@@ -207,8 +207,9 @@ def sparse_cache(folder, rows, width):
     def claim(manifest):
         manifest["hidden_size"] = manifest["identity"]["hidden_size"] = width
         for name in manifest["files"]:
-            manifest["files"][name] = file
-            os.truncate(cache.path / name, size)
+            if name.endswith(".pt"):
+                manifest["files"][name] = file
+                os.truncate(cache.path / name, size)
         for of_class in manifest["classes"].values():
             of_class["rows"] = rows
 

@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     words = [sys.executable, "-c", code, str(tmp_path / "old"), str(tmp_path / "new")]
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 60e6
+    assert int(ran.stdout) < 80e6
     rows = torch.load(tmp_path / "new/layer_3/deploy_activations.pt", weights_only=True, mmap=True)
     saved = torch.load(tmp_path / "old/layer_3/deploy.pt", weights_only=True, mmap=True)
     assert torch.equal(rows, saved)
