@@ -231,5 +231,5 @@ def test_what_is_recorded_was_flushed_before_and_manifests_come_last(scene):
     renamed = max(n for n in places if calls[n].startswith("replace"))
     assert calls[renamed - 1].startswith("fsync")
     assert calls[renamed + 1] == f"fsync {calls[renamed].split()[-1].rsplit('/', 1)[0]}"
-    moved = [n for n, call in enumerate(calls) if call.startswith("replace") and ".pt" in call]
+    moved = [n for n, call in enumerate(calls) if call.startswith("link") and ".pt" in call]
     assert max(moved) < renamed

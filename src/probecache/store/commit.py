@@ -6,7 +6,9 @@ state. Needs no model and no data: whatever command comes next can do it.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,12 +84,28 @@ def _with_cached(new: LayerInfo, final: Path, repairs: bool) -> LayerInfo:
     )
 
 
+def _put(source: Path, target: Path) -> None:
+    """Give a file its final name; the old one stays until the manifest is committed.
+
+    So that nothing hangs on a file system that forgets half of a rename when the power fails.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:  # linked before a kill, or damaged and to be replaced
+        if not source.samefile(target):
+            source.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        source.replace(target)
+
+
 def _move(source: Path, target: Path) -> None:
     if source.exists():
         if target.parent.is_symlink():
             raise OutputError(f"expected {target.parent} to be a folder, got a link; remove it")
         target.parent.mkdir(exist_ok=True)
-        source.replace(target)
+        _put(source, target)
     elif not target.is_file():  # neither moved before a kill nor of the cache that is extended
         raise OutputError(
             f"expected {source} of a complete extraction, got nothing; remove "

@@ -233,6 +233,7 @@ class CacheWriter:
             for layer in self.blueprint.layers:
                 self._write_checksums(layer)  # so that its name is there for good, too
                 sync_folder(self.folder / f"layer_{layer}")
+            sync_folder(self.folder)
         self.record()
 
     def _open(
