@@ -413,7 +413,11 @@ def finish_complete(final: Path) -> None:
         needed = unfinished.finished_path.stat().st_size  # the rest is there and only moves
         with _unfinished_folder(final, needed) as (_, claim):
             finish(unfinished, claim)
-    elif final.is_dir() and any(_TEMPORARY.fullmatch(path.name) for path in final.iterdir()):
+    elif final.is_dir() and (
+        any(_TEMPORARY.fullmatch(path.name) for path in final.iterdir())
+        or ((final / UNFINISHED).is_dir() and unfinished is None)
+        or (unfinished is not None and _is_committed(final, unfinished))
+    ):
         # Of a run that was killed while it tidied up; or of one that is alive, which says so.
         with suppress(OutputError), _unfinished_folder(final):
             pass
@@ -456,11 +460,13 @@ def _leave(folder: Path) -> None:
 
 
 def _is_committed(final: Path, unfinished: Unfinished) -> bool:
-    if not unfinished.complete or not (final / LAYER_INFO).is_file():
+    if not (final / LAYER_INFO).is_file():
         return False
+    cached = read_manifest(final / LAYER_INFO, LayerInfo)
+    if not unfinished.complete:
+        return not unfinished.begun.repairs and {*unfinished.begun.layers} <= {*cached.layers}
     new = read_manifest(unfinished.finished_path, LayerInfo)
-    cached = read_manifest(final / LAYER_INFO, LayerInfo).files
-    return all(cached.get(name) == record for name, record in new.files.items())
+    return all(cached.files.get(name) == record for name, record in new.files.items())
 
 
 def _sweep(final: Path) -> None:
