@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "NO_LINKS",
     "commit_folder",
     "disk_errors_named",
     "file_named",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 22
+# What file systems without hard links answer.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probecache.atomic import file_named
+from probecache.atomic import NO_LINKS, file_named
 from probecache.errors import OutputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "claimed"]
 
 _NAME = "owner.json"
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _TRIES, _AGAIN_S = 20, 0.01
 _TOUCH_S = 2.0
 _SILENT_S = 10.0  # a holder elsewhere that has not touched its claim for so long is dead
@@ -184,7 +183,7 @@ def _create(path: Path, owner: _Owner) -> int | None:
     except OSError as error:
         if error.errno == errno.EEXIST:
             return None
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         return _create_here(path, owner)
     finally:

@@ -6,14 +6,12 @@ state. Needs no model and no data: whatever command comes next can do it.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probecache.atomic import sync_folder, write_bytes
+from probecache.atomic import NO_LINKS, sync_folder, write_bytes
 from probecache.errors import OutputError
 from probecache.identity import merged_weights
 from probecache.store.layout import LAYER_INFO, LayerInfo, manifest_size
@@ -29,7 +27,7 @@ __all__ = ["encode_manifest", "finish"]
 
 def encode_manifest(info: LayerInfo) -> bytes:
     """The bytes of a layer_info.json: sealed, padded to a size that is known beforehand."""
-    return seal_json(json.loads(info.model_dump_json()), manifest_size(info))
+    return seal_json(info.model_dump(mode="json"), manifest_size(info))
 
 
 def finish(unfinished: Unfinished, claim: Claim) -> LayerInfo:
@@ -95,7 +93,7 @@ def _put(source: Path, target: Path) -> None:
         if not source.samefile(target):
             source.replace(target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
         source.replace(target)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from probecache.atomic import file_named, open_own
 from probecache.store.tensorfile import data_offset, lay_down, reserve
+from probecache.types import Dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class FillingFile:
         checksums: NDArray[np.uint32],
     ) -> None:
         self.path, self.dtype = path, dtype
-        self._row_bytes = shape[1] * (4 if dtype == "float32" else 2)
+        self._row_bytes = shape[1] * Dtype(dtype).itemsize
         self._hidden = shape[1]
         self.checksums = checksums
         if done is None:

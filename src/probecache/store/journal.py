@@ -11,7 +11,6 @@ Guarantee: what `progress.json` calls done was flushed to disk before it was wri
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -196,4 +195,4 @@ def _read(path: Path, schema: type[_Record]) -> _Record:
 
 
 def _write(path: Path, record: BaseModel) -> None:
-    write_bytes(path, seal_json(json.loads(record.model_dump_json())))
+    write_bytes(path, seal_json(record.model_dump(mode="json")))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from probecache.errors import ProbecacheError, StoreError
+from probecache.foreign import open_regular
 from probecache.store.filling import non_finite_rows
 from probecache.store.journal import find_unfinished
 from probecache.store.layout import (
@@ -36,6 +36,7 @@ from probecache.store.layout import (
 from probecache.store.reader import Cache, read_manifest
 from probecache.store.seal import is_intact
 from probecache.store.tensorfile import FileRecord, data_offset
+from probecache.types import Dtype
 
 __all__ = ["Damage", "Report", "damaged_examples", "verify"]
 
@@ -195,22 +196,21 @@ def damaged_examples(
 def _mismatching(
     file: Path, record: FileRecord, members: list[ExampleRecord], expected: list[int]
 ) -> list[int]:
-    row_bytes = record.shape[1] * (4 if record.dtype == "float32" else 2)
+    row_bytes = record.shape[1] * Dtype(record.dtype).itemsize
     try:
-        handle = _open_regular(file)
-    except StoreError:
+        opened = open_regular(file)
+    except OSError:
         return [example.idx for example in members]
     bad = []
-    try:
+    with opened:
         for example, checksum in zip(members, expected, strict=True):
             start, stop = (record.offset + row * row_bytes for row in example.rows)
             crc = 0
             for place in range(start, stop, _CHUNK):
-                crc = zlib.crc32(os.pread(handle, min(_CHUNK, stop - place), place), crc)
+                piece = os.pread(opened.fileno(), min(_CHUNK, stop - place), place)
+                crc = zlib.crc32(piece, crc)
             if crc != checksum:
                 bad.append(example.idx)
-    finally:
-        os.close(handle)
     return bad
 
 
@@ -236,16 +236,14 @@ def _rows(examples: tuple[ExampleRecord, ...], bad: list[int]) -> str:
 
 
 def _non_finite(file: Path, record: FileRecord) -> int:
-    row_bytes = record.shape[1] * (4 if record.dtype == "float32" else 2)
+    row_bytes = record.shape[1] * Dtype(record.dtype).itemsize
     step = max(1, _CHUNK // row_bytes)
-    count, handle = 0, _open_regular(file)
-    try:
+    count = 0
+    with open_regular(file) as opened:
         for row in range(0, record.shape[0], step):
             size = min(step, record.shape[0] - row) * row_bytes
-            data = os.pread(handle, size, record.offset + row * row_bytes)
+            data = os.pread(opened.fileno(), size, record.offset + row * row_bytes)
             count += non_finite_rows(memoryview(data), record.shape[1], record.dtype)
-    finally:
-        os.close(handle)
     return count
 
 
@@ -302,12 +300,11 @@ def _records(content: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
 def _check_seal(report: Report, name: str) -> bool:
     """Whether a manifest is as it was written; one that is not says nothing of other files."""
     try:
-        handle = _open_regular(report.path / name)
-    except StoreError as error:
-        _blame(report, name, str(error))
+        with open_regular(report.path / name) as file:
+            content = file.read()
+    except OSError as error:
+        _blame(report, name, _why_unread(report.path / name, error))
         return False
-    with os.fdopen(handle, "rb") as file:
-        content = file.read()
     report.files, report.bytes = report.files + 1, report.bytes + len(content)
     if is_intact(content):
         return True
@@ -333,21 +330,22 @@ def _check_recorded(report: Report, records: dict[str, tuple[int, str]]) -> None
 
 def _fault(file: Path, size: int, sha256: str) -> str | None:
     try:
-        handle = _open_regular(file)
-    except StoreError as error:
-        return str(error)
-    try:
-        actual = os.fstat(handle).st_size
-        if actual != size:
-            return f"{actual:,} bytes, where {size:,} were written"
-        digest = hashlib.sha256()
-        while piece := os.read(handle, _CHUNK):
-            digest.update(piece)
-        return None if digest.hexdigest() == sha256 else "other content than was written"
+        with open_regular(file) as opened:
+            actual = os.fstat(opened.fileno()).st_size
+            if actual != size:
+                return f"{actual:,} bytes, where {size:,} were written"
+            digest = hashlib.sha256()
+            while piece := opened.read(_CHUNK):
+                digest.update(piece)
+            return None if digest.hexdigest() == sha256 else "other content than was written"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    finally:
-        os.close(handle)
+        return _why_unread(file, error)
+
+
+def _why_unread(file: Path, error: OSError) -> str:
+    if file.exists() and not file.is_file():
+        return "no regular file"
+    return f"cannot be read: {error.strerror}"
 
 
 def _check_foreign(report: Report, known: set[str], spared: tuple[str, ...] = ()) -> None:
@@ -358,15 +356,3 @@ def _check_foreign(report: Report, known: set[str], spared: tuple[str, ...] = ()
             relative = (Path(inner) / name).relative_to(report.path).as_posix()
             if relative not in known:
                 _blame(report, relative, "not recorded: it was put here by somebody else")
-
-
-def _open_regular(file: Path) -> int:
-    """A regular file opened for reading; whatever else bears the name is not even waited for."""
-    try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise StoreError(f"cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise StoreError("no regular file")
-    return handle

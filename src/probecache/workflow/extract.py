@@ -293,7 +293,6 @@ class Filling:
         started = time.perf_counter()
         model = run.load()
         self._load_s += time.perf_counter() - started
-        identity = replace(identity, attention=model.attention)
         identity = replace(self._known(identity), attention=model.attention)
         streamed = self._execution.engine is EngineName.STREAM
         if not streamed:  # what has been read may be refused before anything is computed

@@ -95,7 +95,7 @@ def repair(
         if any(activations_path(layer, r.prefix) in damaged for r in info.classes.values())
     )
     if layers:
-        _extract(path, info, prepared, layers, announce, finished)
+        _extract(path, info, prepared, layers, damaged, announce, finished)
     after = verify(path)
     now = read_manifest(path / LAYER_INFO, LayerInfo).files
     changed = tuple(name for name in info.files if now[name].sha256 != info.files[name].sha256)
@@ -167,6 +167,7 @@ def _extract(
     info: LayerInfo,
     prepared: Preparation,
     layers: tuple[int, ...],
+    damaged: set[str],
     announce: Callable[[Plan], None] | None,
     finished: Callable[[Took], None] | None,
 ) -> None:
@@ -184,7 +185,7 @@ def _extract(
 
     with open_writer(path, blueprint, begun, info) as writer:
         for layer in layers:
-            _copy_whole_rows(writer, path, info, layer)
+            _copy_whole_rows(writer, path, info, layer, damaged)
         filling = Filling(
             writer, prepared, planned, None, lambda found, _: _require_cache(path, info, found)
         )
@@ -194,13 +195,15 @@ def _extract(
             finished(filling.took())
 
 
-def _copy_whole_rows(writer: CacheWriter, path: Path, info: LayerInfo, layer: int) -> None:
+def _copy_whole_rows(
+    writer: CacheWriter, path: Path, info: LayerInfo, layer: int, damaged: set[str]
+) -> None:
     """Take over what still has its checksum."""
     import torch
 
     examples, done = writer.blueprint.examples, writer.done([layer])
     bad: set[int] = set(range(len(examples)))
-    if _is_whole(path, info, checksums_path(layer)):
+    if checksums_path(layer) not in damaged:
         found = damaged_examples(path, info, examples, layer)
         bad = {index for indices in found.values() for index in indices}
     dtype = getattr(torch, str(info.dtype))
@@ -211,11 +214,3 @@ def _copy_whole_rows(writer: CacheWriter, path: Path, info: LayerInfo, layer: in
         rows = torch.frombuffer(data, dtype=dtype).view(-1, info.hidden_size)
         writer.write(layer, [example.idx], rows)
     writer.record()
-
-
-def _is_whole(path: Path, info: LayerInfo, name: str) -> bool:
-    try:
-        content = (path / name).read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content).hexdigest() == info.files[name].sha256
