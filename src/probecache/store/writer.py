@@ -116,6 +116,12 @@ class CacheWriter:
             flags &= self._done(layer)
         return flags
 
+    def holds(self, layer: int, examples: Sequence[int]) -> bool:
+        """Whether the rows of all these examples are there at a layer."""
+        return all(
+            self._files[layer, self._labels[index]].done[self._ordinal[index]] for index in examples
+        )
+
     def write(self, layer: int, examples: Sequence[int], rows: torch.Tensor) -> None:
         """Store the rows of some examples at one layer.
 
@@ -166,10 +172,11 @@ class CacheWriter:
         """Flush all rows to disk and record which they are."""
         started = time.monotonic()
         self.claim.require()
+        # First, so that a layer counts as changed until its checksums are on disk.
+        for layer in sorted({layer for (layer, _), file in self._files.items() if file.dirty}):
+            self._write_checksums(layer)
         for file in self._files.values():
             file.sync()
-        for layer in {layer for layer, _ in self._files}:
-            self._write_checksums(layer)
         self.unfinished.save({layer: self._done(layer) for layer in self.blueprint.layers})
         self._changed = False
         self._recorded = time.monotonic()

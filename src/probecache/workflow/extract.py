@@ -363,7 +363,7 @@ class Filling:
             if not self._prepared.request.allow_nonfinite:
                 _require_finite(rows, self._prepared)
         self._name_weights(run.passage, rows.layer)
-        if not self._writer.done([rows.layer])[list(rows.prompts)].all():
+        if not self._writer.holds(rows.layer, rows.prompts):
             self._writer.write(rows.layer, rows.prompts, rows.values)
             self._writer.record_now_and_then()
 
