@@ -88,19 +88,7 @@ def writer_of(
 ) -> AbstractContextManager[CacheWriter]:
     """A writer of these rows; `identity` is what an unfinished extraction is told by."""
 
-    def begin() -> Begun:
-        return Begun(
-            layers=blueprint.layers,
-            examples=len(blueprint.examples),
-            dtype=blueprint.dtype,
-            positions=blueprint.positions,
-            identity=identity,
-            origin=blueprint.origin,
-            execution={},
-            asked={},
-        )
-
-    return open_writer(folder, blueprint, begin, extends)
+    return open_writer(folder, blueprint, lambda: Begun.of(blueprint, identity), extends)
 
 
 def write_cache(

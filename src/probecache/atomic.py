@@ -32,6 +32,7 @@ __all__ = [
     "flush_folder",
     "free_bytes",
     "open_own",
+    "read_at",
     "real_path",
     "rename_free",
     "require_place",
@@ -39,6 +40,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "temporary_sibling",
+    "write_at",
     "write_bytes",
 ]
 
@@ -97,6 +99,24 @@ def sync_folder(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_at(handle: int, data: memoryview | bytes, place: int) -> None:
+    """Write all of `data` at a place of an open file; the system may take it in parts."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(handle, left, place)
+        left, place = left[written:], place + written
+
+
+def read_at(handle: int, into: memoryview, place: int) -> bool:
+    """Fill `into` from a place of an open file; False where the file ends before."""
+    while into:
+        count = os.preadv(handle, [into], place)
+        if not count:
+            return False
+        into, place = into[count:], place + count
+    return True
 
 
 def open_own(path: Path, *, new: bool) -> BinaryIO:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from probecache.atomic import sync_folder
+from probecache.atomic import read_at, sync_folder, write_at
 from probecache.errors import OutputError
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ class RowFile:
     def write(self, offset: int, rows: torch.Tensor) -> None:
         """Put rows [count, width] on the CPU at an offset."""
         row_bytes = rows.shape[1] * rows.element_size()
-        data, at = _bytes_of(rows.contiguous()), self._base + offset * row_bytes
+        place = self._base + offset * row_bytes
         try:
-            while data:
-                done = os.pwrite(self._file.fileno(), data, at)
-                data, at = data[done:], at + done
+            write_at(self._file.fileno(), _bytes_of(rows.contiguous()), place)
         except OSError as error:
             raise no_room(self._where, self._tokens * row_bytes, error) from error
 
@@ -72,13 +70,9 @@ class RowFile:
         import torch
 
         rows = torch.empty((count, like.shape[1]), dtype=like.dtype)
-        data = _bytes_of(rows)
-        at = self._base + offset * like.shape[1] * like.element_size()
-        while data:
-            done = os.preadv(self._file.fileno(), [data], at)
-            if not done:
-                raise OutputError(f"expected hidden states in {self._where}, got a shorter file")
-            data, at = data[done:], at + done
+        place = self._base + offset * like.shape[1] * like.element_size()
+        if not read_at(self._file.fileno(), _bytes_of(rows), place):
+            raise OutputError(f"expected hidden states in {self._where}, got a shorter file")
         return rows
 
     def close(self) -> None:
@@ -146,9 +140,9 @@ class SnapshotWriter:
         try:
             # Opened anew: whoever reads the rows meanwhile may close the file.
             with self.path.open("r+b", buffering=0) as file:
-                _write_all(file, table, _PAGE + size)
+                write_at(file.fileno(), table, _PAGE + size)
                 os.fsync(file.fileno())
-                _write_all(file, header, 0)
+                write_at(file.fileno(), header, 0)
                 os.fsync(file.fileno())
             sync_folder(self.path.parent)
         except OSError as error:
@@ -157,12 +151,6 @@ class SnapshotWriter:
     def discard(self) -> None:
         """Take the file away."""
         self.path.unlink(missing_ok=True)
-
-
-def _write_all(file: Any, content: bytes, at: int) -> None:
-    while content:
-        done = os.pwrite(file.fileno(), content, at)
-        content, at = content[done:], at + done
 
 
 class SnapshotReader:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from probecache.atomic import file_named, open_own
+from probecache.atomic import file_named, open_own, read_at, write_at
 from probecache.store.tensorfile import data_offset, lay_down, reserve
 from probecache.types import Dtype
 
@@ -88,11 +88,8 @@ class FillingFile:
         if first < self._hashed and (before != self.checksums[first:stop]).any():
             self._start_hash()  # other rows than those that are in the hash already
         self.dirty = True
-        left, at = data, place
         with file_named(self.path):
-            while left:
-                written = os.pwrite(self._file.fileno(), left, at)
-                left, at = left[written:], at + written
+            write_at(self._file.fileno(), data, place)
         self.done[first:stop] = True
         if first == self._hashed:
             self._update(data, stop)
@@ -144,12 +141,8 @@ class FillingFile:
 
     def _read(self, first: int, stop: int) -> bytearray:
         data = bytearray(self._places[stop] - self._places[first])
-        view, at = memoryview(data), self._places[first]
-        while view:
-            count = os.preadv(self._file.fileno(), [view], at)
-            if not count:
-                raise OSError(f"{self.path} ends early")
-            view, at = view[count:], at + count
+        if not read_at(self._file.fileno(), memoryview(data), self._places[first]):
+            raise OSError(f"{self.path} ends early")
         return data
 
     def _check(self) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from probecache.atomic import write_bytes
 from probecache.errors import StoreError
-from probecache.store.layout import UNFINISHED, Origin
+from probecache.store.layout import UNFINISHED, Blueprint, Origin
 from probecache.store.reader import read_manifest
 from probecache.store.seal import NO_SEAL, is_intact, seal_json
 from probecache.types import Dtype, Identity, Positions
@@ -54,10 +54,23 @@ class Begun(BaseModel):
     positions: Positions
     identity: Identity
     origin: Origin
-    execution: dict[str, Any]
-    asked: dict[str, Any]
+    execution: dict[str, Any] = Field(default_factory=dict)
+    asked: dict[str, Any] = Field(default_factory=dict)
     repairs: bool = False
     manifest_sha256: str = NO_SEAL
+
+    @classmethod
+    def of(cls, blueprint: Blueprint, identity: Identity, **how: Any) -> Begun:
+        """What is begun where a blueprint's layers are written; `how` is what was not said yet."""
+        return cls(
+            layers=blueprint.layers,
+            examples=len(blueprint.examples),
+            dtype=blueprint.dtype,
+            positions=blueprint.positions,
+            identity=identity,
+            origin=blueprint.origin,
+            **how,
+        )
 
 
 class DoneRows(BaseModel):

@@ -352,16 +352,7 @@ def _write(planned: ImportPlan, folder: Path) -> None:
     content.update(f"{planned.request.layer_convention}\n".encode())
 
     def begin() -> Begun:
-        return Begun(
-            layers=blueprint.layers,
-            examples=len(blueprint.examples),
-            dtype=blueprint.dtype,
-            positions=blueprint.positions,
-            identity=_identity(planned, "0" * 64),
-            origin=blueprint.origin,
-            execution={},
-            asked={},
-        )
+        return Begun.of(blueprint, _identity(planned, "0" * 64))
 
     def seen(name: str, digest: str) -> None:
         content.update(f"{name!r} {digest}\n".encode())

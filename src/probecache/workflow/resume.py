@@ -50,14 +50,9 @@ def begin(
 ) -> Begun:
     """What is written down before the first row."""
     assert planned.execution is not None
-    blueprint = prepared.blueprint
-    return Begun(
-        layers=planned.layers,
-        examples=len(blueprint.examples),
-        dtype=blueprint.dtype,
-        positions=blueprint.positions,
-        identity=identity,
-        origin=blueprint.origin,
+    return Begun.of(
+        replace(prepared.blueprint, layers=planned.layers),
+        identity,
         execution=asdict(planned.execution),
         asked=_asked(prepared.request),
         repairs=repairs,
