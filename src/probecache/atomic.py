@@ -15,11 +15,12 @@ import secrets
 import shutil
 import socket
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from probecache.errors import OutputError
+from probecache.processes import machine_start, runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -214,32 +215,18 @@ def _sweep_siblings(final: Path) -> None:
     ours = re.compile(rf"\.{re.escape(final.name)}\.{host}-([0-9a-f]+)-(\d+)-\w+\.tmp")
     for path in final.parent.iterdir():
         match = ours.fullmatch(path.name)
-        if match and not path.is_symlink() and (match[1] != boot or not _runs(int(match[2]))):
+        if match and not path.is_symlink() and (match[1] != boot or not runs(int(match[2]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _machine() -> tuple[str, str]:
-    """What tells this machine from others, and since when its processes count."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + str(
-            Path("/proc/self/ns/pid").readlink()
-        )
-        return _short(socket.gethostname()), _short(boot)
-    return _short(socket.gethostname()), "0"
+    """What tells this machine from others, and since when its processes count; short, for names."""
+    host, boot = socket.gethostname(), machine_start()
+    return _short(host), _short(boot)
 
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @contextmanager

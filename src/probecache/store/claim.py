@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from probecache.atomic import NO_LINKS, file_named
 from probecache.errors import OutputError
+from probecache.processes import machine_start, runs, started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,24 +51,19 @@ class _Owner:
 
     @classmethod
     def me(cls) -> _Owner:
-        return cls(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), _token())
+        return cls(
+            socket.gethostname(), machine_start(), os.getpid(), started(os.getpid()), _token()
+        )
 
     @property
     def here(self) -> bool:
         """Whether the process can be looked up from here."""
-        return self.host == socket.gethostname() and self.boot == _boot()
+        return self.host == socket.gethostname() and self.boot == machine_start()
 
     @property
     def alive(self) -> bool:
         """Whether the process runs; only where it is `here`."""
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:
-            pass
-        started = _started(self.pid)
-        return started != "dead" and ("" in (started, self.started) or started == self.started)
+        return runs(self.pid, self.started)
 
 
 class Claim:
@@ -280,22 +276,3 @@ def _words(owner: _Owner | None) -> str:
 
 def _token() -> str:
     return uuid.uuid4().hex[:12]
-
-
-def _boot() -> str:
-    """What tells this start of the machine, and the container's processes, from others."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return ""
-
-
-def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks: a number may be given to another process.
-
-    Empty where that is not known, "dead" where the process only waits for its parent's notice.
-    """
-    with suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "dead" if fields[0] in "ZX" else fields[19]
-    return ""
