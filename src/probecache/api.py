@@ -6,18 +6,26 @@ from there: the same code and the same numbers, without the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probecache.api_arguments import (
+    Data,
+    Layers,
+    as_names,
+    cached_layers,
+    choice,
+    layer_numbers,
+    make_request,
+)
 from probecache.atomic import real_path, require_place, temporary_sibling
 from probecache.dataset import IN_MEMORY, load_dataset
 from probecache.errors import LayerError, MismatchError, UsageError
-from probecache.layers import parse_layers
 from probecache.store.reader import Cache, open_cache
 from probecache.store.vectors import SavedVectors, load_vectors
-from probecache.types import DEFAULT_POSITIVE_CLASS, Dtype, Positions
+from probecache.types import DEFAULT_POSITIVE_CLASS, Positions
 from probecache.unrecorded import is_imported
 from probecache.workflow.train import require_class
 from probecache.workflow.train import train as train_on_cache
@@ -48,9 +56,6 @@ __all__ = [
     "validate",
     "verify",
 ]
-
-Data = str | Path | Sequence[Mapping[str, Any]]
-Layers = str | int | Sequence[int]
 
 
 def extract(
@@ -118,7 +123,7 @@ def extract(
         ProbecacheError: bad input, before a weight is read or a byte written; or a run that failed.
         Interrupted: Ctrl-C or a signal. What was computed stays, and the same call goes on from it.
     """
-    request = _request(
+    request = make_request(
         model=model,
         data=data,
         layers=layers,
@@ -191,10 +196,10 @@ def import_cache(
     request = module.ImportRequest(
         old=Path(old),
         model=model,
-        layer_convention=_choice(module.LayerConvention, layer_convention, "layer_convention"),
+        layer_convention=choice(module.LayerConvention, layer_convention, "layer_convention"),
         num_hidden_layers=num_hidden_layers,
-        positions=_choice(Positions, positions, "positions"),
-        special_tokens=_choice(module.SpecialTokens, special_tokens, "special_tokens"),
+        positions=choice(Positions, positions, "positions"),
+        special_tokens=choice(module.SpecialTokens, special_tokens, "special_tokens"),
         data=data,
         allow_nonfinite=allow_nonfinite,
         quiet=quiet,
@@ -215,7 +220,7 @@ def plan_extraction(
     from probecache.workflow.prepare import plan
 
     options.pop("announce", None)  # there is nothing to announce but what is returned
-    return plan(_request(model=model, data=data, **options), output)
+    return plan(make_request(model=model, data=data, **options), output)
 
 
 def train(
@@ -257,7 +262,7 @@ def train(
         return train_on_cache(
             opened,
             output,
-            layers=_cached_layers(layers, opened),
+            layers=cached_layers(layers, opened),
             positive_class=positive_class,
             source=name,
         )
@@ -293,13 +298,15 @@ def validate(
         ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
     """
     loaded = vectors if isinstance(vectors, SavedVectors) else load_vectors(vectors)
-    allowed = _fields(allow_mismatch)
+    allowed = as_names(allow_mismatch)
     scored: tuple[int, ...] = ()
     if model is not None:
         given = {name: value for name, value in extraction.items() if value is not None}
         extraction = {**_as_trained(loaded), **given}
         require_output(Path(output))
-        scored = choose_layers(loaded, _numbers(layers, loaded.info.identity.num_hidden_layers))
+        scored = choose_layers(
+            loaded, layer_numbers(layers, loaded.info.identity.num_hidden_layers)
+        )
 
     def accept(identity: Identity, classes: Sequence[str]) -> None:
         require_scorable(loaded, identity, classes, f"model {model}", scored, allowed)
@@ -313,7 +320,7 @@ def validate(
             loaded,
             output,
             dataset=load_dataset(data) if data is not None else None,
-            layers=_cached_layers(layers, opened),
+            layers=cached_layers(layers, opened),
             visualize=visualize,
             allow_mismatch=allowed,
             source=name,
@@ -350,7 +357,7 @@ def repair(
             raise UsageError(
                 f"expected --data to repair {path}, which was made from {IN_MEMORY}, got none"
             )
-        return _request(
+        return make_request(
             model=model or identity.model,
             revision=identity.revision if model is None else None,
             data=origin.data if data is None else data,
@@ -378,77 +385,6 @@ def verify(path: str | Path) -> Report:
     from probecache.store.verify import verify as run
 
     return run(path)
-
-
-def _request(
-    *,
-    model: str,
-    data: Data,
-    layers: Layers = "all",
-    dtype: str | None = None,
-    positions: str | None = None,
-    system_prompt: str | None = None,
-    chat_template: bool = True,
-    keep_special_tokens: bool = False,
-    truncate: bool = False,
-    revision: str | None = None,
-    adapter: str | None = None,
-    device: str | None = None,
-    device_map: str | None = None,
-    batch_tokens: int | None = None,
-    engine: str | None = None,
-    memory: int | str | None = None,
-    template_date: str | None = None,
-    allow_mismatch: Collection[str] = (),
-    **run: Any,
-) -> ExtractRequest:
-    from probecache.dates import parse_date
-    from probecache.memory import parse_bytes
-    from probecache.models import ModelOptions
-    from probecache.prompts import PromptOptions
-    from probecache.workflow.execution import EngineName
-    from probecache.workflow.prepare import ExtractRequest
-
-    if batch_tokens is not None and batch_tokens < 1:
-        raise UsageError(f"expected batch_tokens of at least 1, got {batch_tokens}")
-    return ExtractRequest(
-        model=ModelOptions(
-            model=str(model),
-            revision=revision,
-            dtype=_choice(Dtype, dtype, "dtype"),
-            adapter=adapter,
-            device=device,
-            device_map=device_map,
-        ),
-        data=data,
-        layers=layers,
-        prompts=PromptOptions(
-            positions=_choice(Positions, positions, "positions"),
-            system_prompt=system_prompt,
-            chat_template=chat_template,
-            keep_special_tokens=keep_special_tokens,
-            truncate=truncate,
-            template_date=None if template_date is None else parse_date(template_date),
-        ),
-        allow_mismatch=_fields(allow_mismatch),
-        batch_tokens=batch_tokens,
-        engine=_choice(EngineName, engine, "engine") or EngineName.AUTO,
-        memory=None if memory is None else parse_bytes(memory),
-        **run,
-    )
-
-
-def _fields(names: Collection[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _choice(kind: Any, value: str | None, name: str) -> Any:
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"expected {name} to be {', '.join(kind)}, got {value!r}") from None
 
 
 @contextmanager
@@ -485,7 +421,7 @@ def _source(
 
     options = {name: value for name, value in extraction.items() if value is not None}
     announce = options.pop("announce", None)
-    request = _request(
+    request = make_request(
         model=str(model), data=data, layers="all" if layers is None else layers, **options
     )
     with temporary_sibling(real_path(output)) as folder:
@@ -502,22 +438,6 @@ def _layers_of_vectors(vectors: SavedVectors, model: str | None) -> Iterator[Non
             f"Vectors {vectors.path} do not belong to model {model}: {error}; the vectors are of "
             f"{vectors.info.identity.model}"
         ) from error
-
-
-def _numbers(layers: Layers | None, num_hidden_layers: int) -> tuple[int, ...] | None:
-    """The layers as numbers; None for all that there are."""
-    if layers is None or (isinstance(layers, str) and layers.strip() == "all"):
-        return None
-    return parse_layers(layers, num_hidden_layers)
-
-
-def _cached_layers(layers: Layers | None, cache: Cache) -> tuple[int, ...] | None:
-    """The same of a cache; a layer that it cannot have is told with those that it has."""
-    try:
-        return _numbers(layers, cache.identity.num_hidden_layers)
-    except LayerError as error:
-        cache.require_layer(error.layer)
-        raise
 
 
 def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
