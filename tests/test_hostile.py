@@ -149,7 +149,12 @@ def test_tokens_are_read_without_unpickling(tmp_path, marker):
     assert not marker.exists()
 
 
-CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"
+CODE = """from pathlib import Path
+from transformers import LlamaConfig
+Path({marker!r}).touch()
+class Config(LlamaConfig):  # of its own: what registers it must not mark the class of other tests
+    pass
+"""
 REMOTE = {
     "AutoConfig": "canary.Config",
     "AutoModel": "canary.Model",
@@ -163,7 +168,7 @@ def model_with_canaries(tmp_path, marker):
     """The model that ships, with code beside it, named in every settings file that may name it."""
     folder = tmp_path / "model"
     shutil.copytree(shipped("models/tiny-llama"), folder)
-    code = CODE.format(marker=str(marker)) + "from transformers import LlamaConfig as Config\n"
+    code = CODE.format(marker=str(marker))
     for name in ("canary", "modeling_llama", "configuration_llama", "tokenization_llama"):
         (folder / f"{name}.py").write_text(code)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
