@@ -782,6 +782,7 @@ def test_another_run_does_not_go_on_with_what_is_unfinished(
     with pytest.raises(MismatchError, match=named) as refused:
         extracted(llama, tmp_path / "cache", **{**options, **change})
     assert "unfinished" in str(refused.value)
+    assert "--allow-mismatch" not in str(refused.value), "a layer's rows are of one run"
     assert content_of(tmp_path / "cache") == before
 
 

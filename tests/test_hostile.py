@@ -211,6 +211,15 @@ def test_attention_that_a_config_would_fetch_is_refused(model_with_canaries):
         open_model(ModelOptions(str(model_with_canaries)))
 
 
+@pytest.mark.parametrize("place", ["num_hidden_layers", "text_config"])
+def test_a_config_of_more_blocks_than_any_model_has_is_refused(model_with_canaries, place):
+    settings = {"num_hidden_layers": 10**9}
+    change = settings if place in settings else {place: settings}
+    edit(model_with_canaries / "config.json", lambda c: c.update(change))
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000, more than 10000"):
+        open_model(ModelOptions(str(model_with_canaries)))
+
+
 def test_an_adapter_that_names_a_module_is_refused_before_it_is_imported(
     tmp_path, marker, monkeypatch
 ):

@@ -50,7 +50,7 @@ def require_same(
     compared: Collection[str],
     *,
     what: str,
-    allowed: Collection[str] = (),
+    allowed: Collection[str] | None = (),
     layers: Collection[int] | None = None,
     remedy: str = "make both with the same model and options",
 ) -> list[str]:
@@ -61,7 +61,8 @@ def require_same(
             samples.
         compared: `EXTENDING` or `SCORING`.
         what: who is compared, for the message: "cache and vectors".
-        allowed: fields that may differ, as named by --allow-mismatch.
+        allowed: fields that may differ, as named by --allow-mismatch; None: none may, and no flag
+            is offered.
         layers: the only ones on which weights are compared; None: all.
         remedy: what to do about a difference.
 
@@ -72,7 +73,7 @@ def require_same(
         MismatchError: shows every field that differs.
         UsageError: an allowed field does not exist.
     """
-    require_fields(allowed, compared)
+    require_fields(allowed or (), compared)
     differences = {
         name: f"{name}: expected {_short(a)}, got {_short(b)}"
         for name in compared
@@ -80,12 +81,13 @@ def require_same(
         if a != b
     }
     never = _NEVER_EXTENDING if "positions" in compared else _NEVER
-    refused = [name for name in differences if name not in allowed or name in never]
+    refused = [name for name in differences if name not in (allowed or ()) or name in never]
     if refused:
+        offered = [] if allowed is None else refused
         raise MismatchError(
             f"{what} do not belong together: {'; '.join(differences[name] for name in refused)} "
             f"(model {expected.model} against {found.model}); "
-            f"{_remedy(refused, never, remedy, expected)}"
+            f"{_remedy(refused, offered, never, remedy, expected)}"
         )
     return list(differences.values())
 
@@ -100,12 +102,16 @@ def require_fields(allowed: Collection[str], compared: Collection[str]) -> None:
 
 
 def _remedy(
-    refused: Collection[str], never: Mapping[str, str], remedy: str, expected: Identity
+    refused: Collection[str],
+    offered: Collection[str],
+    never: Mapping[str, str],
+    remedy: str,
+    expected: Identity,
 ) -> str:
     if "template_date" in refused and expected.template_date:
         remedy += f" (--template-date {expected.template_date})"
-    fast = [f"{name} cannot be allowed: {never[name]}" for name in refused if name in never]
-    flags = " ".join(f"--allow-mismatch {name}" for name in refused if name not in never)
+    fast = [f"{name} cannot be allowed: {never[name]}" for name in offered if name in never]
+    flags = " ".join(f"--allow-mismatch {name}" for name in offered if name not in never)
     allow = [f"or, if you know that it does not matter, allow it with {flags}"] if flags else []
     return ", ".join([remedy, *(allow if not fast else [])]) + "".join(f"; {one}" for one in fast)
 

@@ -5,12 +5,15 @@ Imports transformers, as `models.py`, `loading.py` and `attention.py` do.
 
 from __future__ import annotations
 
+import json
+import re
 import stat
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = [
@@ -26,6 +29,8 @@ __all__ = [
 # What is read of a folder before its weights; the largest vocabularies have 35 MB.
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _MOST_BYTES = 256 << 20
+# Every one is built, empty, before weights are looked at; no model has nearly as many.
+_MODULES, _MOST_MODULES = re.compile(r"(^|_)(layer|block|expert)s?$|^depth$"), 10_000
 
 
 def quiet_transformers() -> None:
@@ -70,6 +75,21 @@ def _require_files(folder: Path) -> None:
                 raise ValueError(f"{path.name} is no regular file")
             if found.st_size > _MOST_BYTES:
                 raise ValueError(f"{path.name} has {found.st_size} bytes, more than {_MOST_BYTES}")
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ValueError("a folder without config.json")
+    for name, count in _integers(json.loads(settings.read_bytes())):
+        if _MODULES.search(name) and count > _MOST_MODULES:
+            raise ValueError(f"{name} is {count}, more than {_MOST_MODULES}, in config.json")
+
+
+def _integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every integer of nested JSON with the name of its field."""
+    if isinstance(value, int):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _integers(inner, key)
 
 
 def context_length(config: Any) -> int | None:

@@ -91,6 +91,7 @@ def require_same_run(planned: Plan, prepared: Preparation, identity: Identity) -
         replace(identity, attention=begun.identity.attention),
         EXTENDING,
         what=f"The unfinished extraction in {output} and this run",
+        allowed=None,  # one layer's rows are of one run
         remedy=f"finish it with the options it was begun with, {remedy}",
     )
     if begun.layers != planned.layers:
@@ -109,6 +110,7 @@ def require_unchanged(begun: Identity | None, found: Identity) -> None:
             found,
             EXTENDING,
             what="The model of the interrupted run and that of this one",
+            allowed=None,
             remedy="go on with the model it was begun with",
         )
 
