@@ -15,6 +15,7 @@ import threading
 import weakref
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ from probecache.errors import (
 from probecache.models import ModelSource
 from probecache.progress import Progress
 from probecache.reading import WeightReader
-from probecache.store.journal import find_unfinished
+from probecache.store.journal import PassageRecord, find_unfinished
 from probecache.store.writer import CacheWriter
 from probecache.workflow.execution import choose_execution
 from probecache.workflow.resume import KeptSnapshots
@@ -784,6 +785,32 @@ def test_another_run_does_not_go_on_with_what_is_unfinished(
     assert "unfinished" in str(refused.value)
     assert "--allow-mismatch" not in str(refused.value), "a layer's rows are of one run"
     assert content_of(tmp_path / "cache") == before
+
+
+def test_hidden_states_are_kept_as_often_as_the_disk_is_quick_and_has_room(tmp_path, monkeypatch):
+    now, free = [0.0], [10**9]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("probecache.workflow.resume.free_bytes", lambda _: free[0])
+    record = PassageRecord(why_padded="", mixed=True, computed_tokens=1000, batches="")
+    source = SimpleNamespace(hidden_size=50, dtype=torch.float32)
+    run = SimpleNamespace(source=source, passage=SimpleNamespace(start=0), record=lambda: record)
+    unfinished = SimpleNamespace(progress=SimpleNamespace(passages={}))
+    writer = SimpleNamespace(unfinished=unfinished, folder=tmp_path, record=lambda: None)
+    kept = KeptSnapshots(writer, run, lambda layer: None)
+
+    def first_at(times):
+        for now[0] in times:
+            if kept.place(1) is not None:
+                return now[0]
+        return None
+
+    assert first_at(range(100)) == 5, "every five seconds at most"
+    kept.saved(1, seconds=0.1)
+    assert first_at(range(5, 100)) == 10
+    kept.saved(2, seconds=4)
+    assert first_at(range(10, 100)) == 46, "a tenth of the time at most"
+    free[0] = 2 * 1000 * 50 * 4
+    assert first_at(range(50, 100)) is None, "what is only for going on leaves room for rows"
 
 
 def test_options_that_only_say_how_to_run_may_change_on_the_way(llama, tmp_path, monkeypatch):

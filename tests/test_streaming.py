@@ -459,7 +459,7 @@ class Snapshots:
         self.asked.append(layer)
         return self.path(layer) if layer in self.layers else None
 
-    def saved(self, layer):
+    def saved(self, layer, seconds):
         self.told.append(layer)
         self.contents[layer] = self.path(layer).read_bytes()
 
@@ -585,8 +585,8 @@ def test_a_snapshot_is_told_of_only_when_all_rows_up_to_it_were_taken(folders, t
     work, taken = kind(prompts_of(folders("llama")), 40), []
 
     class Checked(Snapshots):
-        def saved(self, layer):
-            super().saved(layer)
+        def saved(self, layer, seconds):
+            super().saved(layer, seconds)
             assert threading.current_thread() is threading.main_thread()
             assert {key for key in everything if key[0] <= layer} <= {*taken}
 

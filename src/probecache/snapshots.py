@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -111,6 +112,7 @@ class SnapshotWriter:
         self._table = np.array([(step.first, step.tokens, 0) for step in steps], dtype="<i8")
         self._starts = np.cumsum([0, *self._table[:, 1]])
         self._row: torch.Tensor | None = None
+        self.seconds = 0.0  # that the disk has taken so far
         try:
             path.unlink(missing_ok=True)  # a reader of the old one keeps it
             file = path.open("x+b", buffering=0)
@@ -123,15 +125,18 @@ class SnapshotWriter:
 
     def write(self, offset: int, rows: torch.Tensor) -> None:
         """Put rows [count, width] of one step on the CPU at an offset; called in rising order."""
+        started = time.perf_counter()
         self._row = rows[:0]
         step = int(np.searchsorted(self._starts, offset, side="right")) - 1
         before = int(self._table[step, 2])
         self._table[step, 2] = zlib.crc32(_bytes_of(rows.contiguous()), before)
         self.rows.write(offset, rows)
+        self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
         """Put all on disk, and only then the header."""
         assert self._row is not None
+        started = time.perf_counter()
         tokens, width = int(self._starts[-1]), self._row.shape[1]
         table, size = self._table.tobytes(), tokens * width * self._row.element_size()
         dtype = str(self._row.dtype).removeprefix("torch.").encode()
@@ -147,6 +152,7 @@ class SnapshotWriter:
             sync_folder(self.path.parent)
         except OSError as error:
             raise no_room(self.path, _PAGE + size + len(table), error) from error
+        self.seconds += time.perf_counter() - started
 
     def discard(self) -> None:
         """Take the file away."""

@@ -112,8 +112,8 @@ class Snapshots(Protocol):
         """
         ...
 
-    def saved(self, layer: int) -> None:
-        """Told that the one behind `layer` is complete on disk.
+    def saved(self, layer: int, seconds: float) -> None:
+        """Told that the one behind `layer` is complete on disk, and how long the disk took.
 
         All rows up to and including this layer were yielded before. Earlier ones may go.
         """
@@ -314,7 +314,7 @@ class _Walk:
         self._left: dict[Step, Leftovers] = {}
         self.ends = False  # whether nothing reads what is stored now
         self._snapshot: SnapshotWriter | None = None  # what is written
-        self._saving: int | None = None  # the layer of one that is not told of yet
+        self._saving: SnapshotWriter | None = None  # what is not told of yet
         self.begin(reads=False)
 
     def begin(self, reads: bool) -> None:
@@ -374,15 +374,15 @@ class _Walk:
         if self._leaves:
             self._snapshot.discard()
             return
-        self._saving = self._snapshot.layer
+        self._saving = self._snapshot
         self._store.keep()
 
     def tell_saved(self) -> None:
         """Say so once a snapshot is complete."""
         if self._saving is not None and self._store.is_kept():
-            layer, self._saving = self._saving, None
+            saved, self._saving = self._saving, None
             assert self.strand.snapshots is not None
-            self.strand.snapshots.saved(layer)
+            self.strand.snapshots.saved(saved.layer, saved.seconds)
 
     @property
     def _leaves(self) -> bool:

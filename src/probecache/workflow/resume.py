@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 
-# Hidden states between streamed blocks are kept this often.
+# Hidden states between streamed blocks are kept this often,
 _SNAPSHOT_S = 5.0
-# And not oftener than takes a tenth of a slow disk's time.
-_SNAPSHOT_BYTES_PER_S = 25e6
+# and not oftener than leaves the disk so many times as long as the last ones took.
+_SNAPSHOT_REST = 9.0
 
 
 def begin(
@@ -133,7 +133,10 @@ class KeptSnapshots:
         self._record = passages[run.passage.start] = run.record()
         if before is not None and before.batches == self._record.batches:
             self._record.snapshot = before.snapshot
-        self._last = time.monotonic()
+        self._size = (
+            self._record.computed_tokens * run.source.hidden_size * run.source.dtype.itemsize
+        )
+        self._last, self._rest = time.monotonic(), _SNAPSHOT_S
 
     def latest(self) -> Snapshot | None:
         """Where to go on; None: at the beginning."""
@@ -147,21 +150,20 @@ class KeptSnapshots:
         return None
 
     def place(self, layer: int) -> Path | None:
-        """See `Snapshots.place`: every few seconds, where there is room."""
-        before = self._record.snapshot
-        size = 0 if before is None else self._path(before).stat().st_size
-        if time.monotonic() - self._last < max(_SNAPSHOT_S, size / _SNAPSHOT_BYTES_PER_S):
+        """See `Snapshots.place`: every few seconds, where there is room to spare."""
+        if time.monotonic() - self._last < self._rest:
             return None
-        return self._path(layer) if free_bytes(self._writer.folder) > 2 * size else None
+        roomy = free_bytes(self._writer.folder) > 2 * self._size
+        return self._path(layer) if roomy else None
 
-    def saved(self, layer: int) -> None:
+    def saved(self, layer: int, seconds: float) -> None:
         """See `Snapshots.saved`."""
         self._settle(layer)
         before, self._record.snapshot = self._record.snapshot, layer
         self._writer.record()
         if before is not None:
             self._path(before).unlink(missing_ok=True)
-        self._last = time.monotonic()
+        self._last, self._rest = time.monotonic(), max(_SNAPSHOT_S, _SNAPSHOT_REST * seconds)
 
     def _path(self, layer: int) -> Path:
         return self._writer.folder / f"hidden_{self._passage.start}_{layer}"
