@@ -16,9 +16,9 @@ from synthetic import EXECUTION, IDENTITY, TIMING, blueprint_of, labelled, rows_
 from probecache.errors import StoreError
 from probecache.store import claim as claim_module
 from probecache.store import writer as writer_module
+from probecache.store.place import finish_complete
 from probecache.store.reader import open_cache
 from probecache.store.verify import verify
-from probecache.store.writer import finish_complete
 
 HIDDEN = 6
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import shutil
 
 import pytest
-from families import RECORDS
+from families import FAMILIES, RECORDS, build
 
 import probecache
 from probecache.cli import main
 from probecache.engine import ResidentEngine
-from probecache.errors import MismatchError, StoreError, UsageError
+from probecache.errors import Interrupted, MismatchError, StoreError, UsageError
+from probecache.store import commit
 from probecache.store.verify import verify
 from probecache.store.writer import CacheWriter
 
@@ -152,6 +154,100 @@ def test_an_interrupted_repair_goes_on(cache, original, monkeypatch):
     assert not verify(cache).whole
     assert probecache.repair(cache, device="cpu", quiet=True).after.whole
     assert content_of(cache) == content_of(original)
+
+
+def stop_at(monkeypatch, number, place="probecache.store.writer.CacheWriter.write"):
+    """Ctrl-C at a call."""
+    module, _, name = place.rpartition(".")
+    holder = pkgutil.resolve_name(module)
+    function, calls = getattr(holder, name), []
+
+    def stopped(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(holder, name, stopped)
+
+
+def repaired(cache):
+    return probecache.repair(cache, device="cpu", quiet=True)
+
+
+def test_an_interrupted_repair_gives_way_to_that_of_other_layers(cache, original, monkeypatch):
+    flip(cache / "layer_1" / "test_activations.pt", 2000)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        repaired(cache)
+    monkeypatch.undo()
+    assert (cache / "unfinished").is_dir()
+    DAMAGES["a cut file"](cache)
+    assert repaired(cache).after.whole
+    assert content_of(cache) == content_of(original)
+
+
+def test_rows_of_an_unfinished_addition_are_not_lost_to_a_repair(
+    cache, original, folders, data, monkeypatch
+):
+    made = {"model": str(folders("llama")), "data": data, "device": "cpu", "quiet": True}
+    added = {"output": cache, "layers": [2], "positions": "all", **made}
+    stop_at(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        probecache.extract(**added, batch_tokens=10)
+    monkeypatch.undo()
+    before = content_of(cache / "unfinished")
+    DAMAGES["a bit of a row"](cache)
+    with pytest.raises(MismatchError, match=r"extraction of layers 2 \(.*% of .* finish it first"):
+        repaired(cache)
+    assert content_of(cache / "unfinished") == before
+    assert probecache.extract(**added).layers == (1, 2, 3)
+    assert repaired(cache).after.whole
+    assert content_of(cache / "layer_3") == content_of(original / "layer_3")
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_a_repair_that_ends_while_files_move_is_finished_without_a_model(
+    cache, original, tmp_path, monkeypatch, number, killed
+):
+    """Killed: what stood on disk at that moment; an error or a signal tidies up before it ends."""
+    shutil.rmtree(cache / "layer_1")
+    DAMAGES["a bit of a row"](cache)
+    move, calls, place = commit._move, [], tmp_path / "killed" if killed else cache
+
+    def stopped(source, target):
+        calls.append(target)
+        if len(calls) == number:
+            if killed:
+                shutil.copytree(cache, place, ignore=shutil.ignore_patterns("owner.json"))
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(commit, "_move", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        repaired(cache)
+    monkeypatch.undo()
+    monkeypatch.setattr(ResidentEngine, "_attempt", None)
+    assert repaired(place).after.whole
+    assert content_of(place) == content_of(original)
+
+
+def test_layers_of_another_model_are_repaired_with_that_model(cache, folders, data, tmp_path):
+    """Layers that were added with --allow-mismatch weights, and those that were there before."""
+    other = build(FAMILIES["llama"], tmp_path / "model", seed=1)
+    made = {"data": data, "device": "cpu", "quiet": True, "positions": "all"}
+    allowed = {"allow_mismatch": ["weights"]}
+    probecache.extract(model=str(other), output=cache, layers=[2], **made, **allowed)
+    whole = content_of(cache)
+    for layer, model in ((1, folders("llama")), (2, other)):
+        flip(cache / f"layer_{layer}" / "test_activations.pt", 2000)
+        assert probecache.repair(cache, model=str(model), device="cpu", quiet=True).after.whole
+        assert content_of(cache) == whole
+    flip(cache / "layer_2" / "test_activations.pt", 2000)
+    with pytest.raises(MismatchError, match="weights: expected") as refused:
+        probecache.repair(cache, model=str(folders("llama")), device="cpu", quiet=True)
+    assert "--allow-mismatch" not in str(refused.value), "verify has no such option"
 
 
 def test_data_in_memory_has_to_be_given_again(folders, tmp_path):

@@ -30,11 +30,12 @@ from probecache.errors import LayerNotCachedError, OutputError, StoreError, Usag
 from probecache.fit import fit_difference_of_means
 from probecache.store.describe import describe
 from probecache.store.layout import class_prefixes
+from probecache.store.place import finish_complete
 from probecache.store.reader import open_cache
 from probecache.store.seal import encode_json
 from probecache.store.tensorfile import file_bytes
 from probecache.store.vectors import load_vectors, save_run
-from probecache.store.writer import finish_complete, require_free_layers
+from probecache.store.writer import require_free_layers
 
 HIDDEN = 6
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")

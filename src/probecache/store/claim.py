@@ -82,6 +82,11 @@ class Claim:
 
     def require(self) -> None:
         """Raise OutputError where another writer has taken over."""
+        if not self._path.exists():
+            raise OutputError(
+                f"expected {self._path}, which says that this run writes here, got nothing: "
+                f"{self._path.parent} was removed meanwhile; run the same command again"
+            )
         if not self.held:
             raise OutputError(
                 f"expected to be the only one who writes to {self._path.parent.parent}, but "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from probecache.store.claim import Claim
     from probecache.store.journal import Unfinished
 
-__all__ = ["encode_manifest", "finish"]
+__all__ = ["encode_manifest", "finish", "is_committed"]
 
 
 def encode_manifest(info: LayerInfo) -> bytes:
@@ -47,6 +47,26 @@ def finish(unfinished: Unfinished, claim: Claim) -> LayerInfo:
     sync_folder(final)
     write_bytes(final / LAYER_INFO, encode_manifest(merged))
     return merged
+
+
+def is_committed(unfinished: Unfinished) -> bool:
+    """Whether all of an extraction is in its cache, so that its folder may go."""
+    folder, final = unfinished.folder, unfinished.folder.parent
+    if not (final / LAYER_INFO).is_file():
+        return False
+    cached = read_manifest(final / LAYER_INFO, LayerInfo)
+    if not unfinished.complete:
+        return not unfinished.begun.repairs and {*unfinished.begun.layers} <= {*cached.layers}
+    new = read_manifest(unfinished.finished_path, LayerInfo)
+    if any(cached.files.get(name) != record for name, record in new.files.items()):
+        return False
+    # Of a repair the manifest was there all along: its files have to be in their places, too.
+    repairs = unfinished.begun.repairs
+    return not (repairs and any(_waits(folder / name, final / name) for name in new.files))
+
+
+def _waits(source: Path, target: Path) -> bool:
+    return source.exists() and not (target.exists() and source.samefile(target))
 
 
 def _with_cached(new: LayerInfo, final: Path, repairs: bool) -> LayerInfo:

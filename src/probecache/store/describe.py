@@ -8,6 +8,7 @@ from pathlib import Path
 
 from probecache.errors import StoreError, printable
 from probecache.layers import format_layers
+from probecache.store.commit import is_committed
 from probecache.store.journal import Unfinished, find_unfinished
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import Cache, open_cache, what_is_at
@@ -25,8 +26,10 @@ def describe(path: Path) -> list[str]:
         StoreError: neither a cache nor vectors.
     """
     unfinished = find_unfinished(path)
+    if unfinished is not None and is_committed(unfinished):
+        unfinished = None  # of a run that was killed while it tidied up
     if (path / LAYER_INFO).is_file():
-        lines = _cache(open_cache(path))
+        lines = _cache_or_damage(path, repaired=unfinished is not None)
     elif unfinished is not None:
         lines = [("unfinished cache", str(path))]
     elif any((path / name).is_file() for name in ("vectors.json", "run.json")):
@@ -45,14 +48,14 @@ def describe(path: Path) -> list[str]:
 def _unfinished(unfinished: Unfinished) -> list[tuple[str, str]]:
     """How far an interrupted extraction is."""
     begun = unfinished.begun
-    done = {layer: int(flags.sum()) for layer, flags in unfinished.done().items()}
+    done = unfinished.counts()
     whole = [layer for layer, count in done.items() if count == begun.examples]
     part = {layer: count for layer, count in done.items() if 0 < count < begun.examples}
     by_count = {n: [layer for layer, c in part.items() if c == n] for n in {*part.values()}}
     started = (f"{n} of {begun.examples} prompts at {_list(la)}" for n, la in by_count.items())
     lines = [
         (
-            "unfinished",
+            "unfinished repair" if begun.repairs else "unfinished",
             f"{unfinished.share():.1%} of the rows; the same command goes on",
         ),
         ("  model", begun.identity.model),
@@ -72,6 +75,16 @@ def _list(layers: list[int]) -> str:
 
 def _written(manifest: Path) -> str:
     return f"{datetime.fromtimestamp(manifest.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+
+
+def _cache_or_damage(path: Path, repaired: bool) -> list[tuple[str, str]]:
+    """A cache that is being repaired may be one that does not open."""
+    try:
+        return _cache(open_cache(path))
+    except StoreError as error:
+        if not repaired:
+            raise
+        return [("damaged cache", str(error))]
 
 
 def _cache(cache: Cache) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ resumed run knows what reached the disk, and `verify` which rows are damaged.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from probecache.atomic import file_named, open_own, read_at, write_at
-from probecache.store.tensorfile import data_offset, lay_down, reserve
+from probecache.store.tensorfile import file_bytes, frame, lay_down, reserve
 from probecache.types import Dtype
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class FillingFile:
         dtype: of the numbers.
         starts: first row of every example of the class in data order, and the number of rows.
         done: bool [examples], which of them are there already; None lays the file down anew. Those
-            whose rows do not agree with `checksums` are taken out of it.
+            whose rows do not agree with `checksums` are taken out of it, all of them where the file
+            is missing or of another size. What lies around the rows is made right.
         checksums: uint32 [examples], filled here.
     """
 
@@ -55,20 +57,21 @@ class FillingFile:
         self._row_bytes = shape[1] * Dtype(dtype).itemsize
         self._hidden = shape[1]
         self.checksums = checksums
-        if done is None:
+        there = None if done is None else _open(path, file_bytes(shape, dtype))
+        if done is None or there is None:
             self._file: BinaryIO = open_own(path, new=True)
             with file_named(path):
                 self.offset = lay_down(self._file, shape, dtype)
                 reserve(self._file)
             self.done = np.zeros(len(starts) - 1, dtype=np.bool_)
+            self.dirty = True
         else:
-            self._file = open_own(path, new=False)
-            self.offset = data_offset(self._file)
-            self.done = done
+            self._file, self.done = there, done
+            self.offset = len(frame(shape, dtype)[0])
+            self.dirty = self._mend_frame(shape)
         self._places = [self.offset + start * self._row_bytes for start in starts]
-        self.dirty = done is None
         self._start_hash()
-        if done is not None:
+        if there is not None:
             self._check()
 
     def start_over(self) -> None:
@@ -145,6 +148,17 @@ class FillingFile:
             raise OSError(f"{self.path} ends early")
         return data
 
+    def _mend_frame(self, shape: tuple[int, int]) -> bool:
+        """Make what lies around the rows as `lay_down` leaves it; whether it was not."""
+        handle, before, mended = self._file.fileno(), frame(shape, self.dtype), False
+        end = os.fstat(handle).st_size - len(before[1])
+        for content, place in zip(before, (0, end), strict=True):
+            if os.pread(handle, len(content), place) != content:
+                with file_named(self.path):
+                    write_at(handle, content, place)
+                mended = True
+        return mended
+
     def _check(self) -> None:
         """Keep as done only what is there as it was written; hash it as far as there is no gap."""
         for number in np.flatnonzero(self.done).tolist():
@@ -153,6 +167,20 @@ class FillingFile:
                 self.done[number] = False
             elif number == self._hashed:
                 self._update(data, number + 1)
+
+
+def _open(path: Path, size: int) -> BinaryIO | None:
+    """The file of a run before; None where it is not there, is a link, or has another size."""
+    try:
+        file = open_own(path, new=False)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    if os.fstat(file.fileno()).st_size == size:
+        return file
+    file.close()
+    return None
 
 
 def non_finite_rows(data: memoryview, hidden: int, dtype: str) -> int:

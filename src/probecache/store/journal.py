@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from probecache.atomic import write_bytes
+from probecache.atomic import sync_folder, write_bytes
 from probecache.errors import StoreError
 from probecache.store.layout import UNFINISHED, Blueprint, Origin
 from probecache.store.reader import read_manifest
@@ -26,7 +26,7 @@ from probecache.store.seal import NO_SEAL, is_intact, seal_json
 from probecache.types import Dtype, Identity, Positions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -91,7 +91,11 @@ class DoneRows(BaseModel):
         return [cls(layers=tuple(layers), examples=bits) for bits, layers in groups.items()]
 
     def flags(self, count: int) -> NDArray[np.bool_]:
-        """bool [count]."""
+        """bool [count].
+
+        Raises:
+            ValueError: not so many bits; nothing is allocated for them.
+        """
         bits = np.frombuffer(base64.b64decode(self.examples), dtype=np.uint8)
         if len(bits) != -(-count // 8):
             raise ValueError(f"expected {count} examples, got {8 * len(bits)} bits")
@@ -155,22 +159,38 @@ class Unfinished:
         Raises:
             StoreError: the record is damaged.
         """
-        count = self.begun.examples
-        flags = {layer: np.zeros(count, dtype=np.bool_) for layer in self.begun.layers}
+        return {layer: flags for layers, flags in self._groups() for layer in layers}
+
+    def counts(self) -> dict[int, int]:
+        """How many examples' rows are on disk, by layer; takes no more memory than the record."""
+        if not self.laid_down:
+            return dict.fromkeys(self.begun.layers, 0)
+        return {n: int(flags.sum()) for layers, flags in self._groups() for n in layers}
+
+    def _groups(self) -> Iterator[tuple[tuple[int, ...], NDArray[np.bool_]]]:
+        groups = self.progress.done
         try:
-            for group in self.progress.done:
-                for layer in group.layers:
-                    flags[layer] |= group.flags(count)
-        except (ValueError, KeyError) as error:
+            if sorted(n for group in groups for n in group.layers) != sorted(self.begun.layers):
+                raise ValueError("other layers than were begun")
+            for group in groups:
+                yield group.layers, group.flags(self.begun.examples)
+        except ValueError as error:
             raise StoreError(
-                f"expected {self.folder / PROGRESS} as probecache writes it, got: {error}; remove "
-                f"{self.folder} to begin anew"
+                f"expected {self.progress_path} as probecache writes it, got: {error}; "
+                f"{_remedy(self.folder)}"
             ) from error
-        return flags
 
     def share(self) -> float:
         """How much of the rows is on disk, 0 to 1."""
-        return 1.0 if self.complete else float(np.mean([f.mean() for f in self.done().values()]))
+        if self.complete:
+            return 1.0
+        return sum(self.counts().values()) / (self.begun.examples * len(self.begun.layers))
+
+    def drop(self) -> None:
+        """Forget what was begun and done; rows are of no use afterwards."""
+        for path in (self.progress_path, self.folder / BEGUN):  # in this order: see `laid_down`
+            path.unlink(missing_ok=True)
+            sync_folder(self.folder)
 
     def begin(self) -> None:
         """Write what was begun."""
@@ -198,13 +218,19 @@ def find_unfinished(cache: Path) -> Unfinished | None:
 
 
 def _read(path: Path, schema: type[_Record]) -> _Record:
-    record = read_manifest(path, schema)
+    try:
+        record = read_manifest(path, schema)
+    except StoreError as error:
+        raise StoreError(f"{error}; {_remedy(path.parent)}") from error
     if not is_intact(path.read_bytes()):
         raise StoreError(
-            f"expected {path} as it was written, got other bytes; remove {path.parent} to begin "
-            "anew"
+            f"expected {path} as it was written, got other bytes; {_remedy(path.parent)}"
         )
     return record
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} to begin anew"
 
 
 def _write(path: Path, record: BaseModel) -> None:

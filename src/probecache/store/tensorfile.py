@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from probecache.atomic import file_named
 from probecache.errors import StoreError
 from probecache.foreign import open_regular
 from probecache.types import Dtype
@@ -40,6 +41,7 @@ __all__ = [
     "data_offset",
     "encode_tokens",
     "file_bytes",
+    "frame",
     "lay_down",
     "map_raw",
     "require_size",
@@ -108,11 +110,19 @@ def reserve(file: BinaryIO) -> None:
 
 
 @lru_cache(maxsize=64)
+def frame(shape: tuple[int, ...], dtype: str) -> tuple[bytes, bytes]:
+    """What the `.pt` of a tensor holds before its numbers and behind them."""
+    where = Path(tempfile.gettempdir())
+    with file_named(where), tempfile.TemporaryFile() as file:  # sparse: a few KB for any shape
+        offset = lay_down(file, shape, dtype)
+        end = offset + math.prod(shape) * _raw_dtype(dtype).itemsize
+        size = os.fstat(file.fileno()).st_size
+        return os.pread(file.fileno(), offset, 0), os.pread(file.fileno(), size - end, end)
+
+
 def file_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Exact size of the `.pt` file of a tensor, in bytes."""
-    with tempfile.TemporaryFile() as file:  # sparse: takes a few KB whatever the shape
-        lay_down(file, shape, dtype)
-        return os.fstat(file.fileno()).st_size
+    return sum(map(len, frame(shape, dtype))) + math.prod(shape) * _raw_dtype(dtype).itemsize
 
 
 def data_offset(file: BinaryIO) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 
 from probecache.errors import ProbecacheError, StoreError
 from probecache.foreign import open_regular
+from probecache.store.commit import is_committed
 from probecache.store.filling import non_finite_rows
 from probecache.store.journal import find_unfinished
 from probecache.store.layout import (
@@ -33,6 +34,7 @@ from probecache.store.layout import (
     activations_path,
     checksums_path,
 )
+from probecache.store.place import TEMPORARY
 from probecache.store.reader import Cache, read_manifest
 from probecache.store.seal import is_intact
 from probecache.store.tensorfile import FileRecord, data_offset
@@ -125,14 +127,23 @@ def _verify_cache(path: Path) -> Report:
     for name, record in info.tensors.items():
         if name not in damaged:
             _check_shape(report, name, record)
-    _check_foreign(report, {LAYER_INFO, *info.files}, spared=(UNFINISHED,))
     unfinished = find_unfinished(path)
-    if unfinished is not None:
+    begun = () if unfinished is None else unfinished.begun.layers
+    _check_foreign(report, {LAYER_INFO, *info.files, *_coming(info, begun)}, unfinished_too=False)
+    if unfinished is not None and not is_committed(unfinished):
         report.notes.append(
-            f"layers {', '.join(map(str, unfinished.begun.layers))} are being added: "
+            f"layers {', '.join(map(str, begun))} are being "
+            f"{'repaired' if unfinished.begun.repairs else 'added'}: "
             f"{unfinished.share():.1%} of their rows are on disk"
         )
     return report
+
+
+def _coming(info: LayerInfo, layers: Sequence[int]) -> Iterator[str]:
+    """Files of layers that are put in their places before the manifest names them."""
+    for layer in layers:
+        yield checksums_path(layer)
+        yield from (activations_path(layer, record.prefix) for record in info.classes.values())
 
 
 def _examples(report: Report, info: LayerInfo) -> tuple[ExampleRecord, ...] | None:
@@ -278,7 +289,7 @@ def _verify_sealed(path: Path, name: str) -> Report:
         for inner in records:
             if Path(inner).name in _SEALED:
                 _check_seal(report, inner)
-        _check_foreign(report, {name, *records})
+        _check_foreign(report, {name, *records}, unfinished_too=True)
     return report
 
 
@@ -348,11 +359,20 @@ def _why_unread(file: Path, error: OSError) -> str:
     return f"cannot be read: {error.strerror}"
 
 
-def _check_foreign(report: Report, known: set[str], spared: tuple[str, ...] = ()) -> None:
-    """Files that nobody recorded."""
+def _check_foreign(report: Report, known: set[str], *, unfinished_too: bool) -> None:
+    """Files that nobody recorded; what is unfinished and what a kill left of it may be spared."""
+    left = 0
     for inner, folders, names in os.walk(report.path):
-        folders[:] = [name for name in folders if name not in spared]
+        if not unfinished_too and Path(inner) == report.path:
+            spared = {name for name in (*folders, *names) if TEMPORARY.fullmatch(name)}
+            left, spared = len(spared), spared | {UNFINISHED}
+            folders[:] = [name for name in folders if name not in spared]
+            names = [name for name in names if name not in spared]
         for name in names:
             relative = (Path(inner) / name).relative_to(report.path).as_posix()
             if relative not in known:
                 _blame(report, relative, "not recorded: it was put here by somebody else")
+    if left:
+        report.notes.append(
+            f"{left} leftovers of a run that was killed: whatever is next written here removes them"
+        )

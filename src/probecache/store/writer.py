@@ -12,9 +12,6 @@ opens a writer for the same cache again all rows that were recorded.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,28 +26,24 @@ from probecache.atomic import (
     disk_errors_named,
     file_named,
     open_own,
-    real_path,
     sha256_of_file,
     sync_file,
     sync_folder,
     write_bytes,
 )
 from probecache.errors import OutputError, ProbecacheError
-from probecache.store.claim import Claim, claimed
 from probecache.store.commit import encode_manifest, finish
 from probecache.store.filling import FillingFile
 from probecache.store.journal import Begun, Unfinished, find_unfinished
 from probecache.store.layout import (
-    LAYER_INFO,
     METADATA,
     TOKENS,
-    UNFINISHED,
     Blueprint,
     LayerInfo,
     activations_path,
     checksums_path,
 )
-from probecache.store.reader import read_manifest
+from probecache.store.place import claimed_place
 from probecache.store.tensorfile import data_offset, encode_tokens
 
 if TYPE_CHECKING:
@@ -59,17 +52,13 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from probecache.store.claim import Claim
     from probecache.types import Identity
 
-__all__ = ["CacheWriter", "finish_complete", "open_writer", "require_free_layers"]
+__all__ = ["CacheWriter", "open_writer", "require_free_layers"]
 
 # Rows are recorded this often, or less where that would take more than 1/20 of the time.
 _RECORD_S, _RECORD_SHARE = 2.0, 20
-# What a killed run of ours may leave half done, by its name.
-_TEMPORARY = re.compile(
-    rf"\.({UNFINISHED}|(layer_info|metadata|begun|progress|finished|owner)\.json)"
-    r"\.\d+(-[0-9a-f]+)?\.tmp"
-)
 
 
 @dataclass
@@ -389,7 +378,7 @@ def open_writer(
         OutputError: no room, no permission, or another run is writing there.
     """
     needed = blueprint.bytes_per_layer * len(blueprint.layers)
-    with _unfinished_folder(final, needed) as (folder, claim):
+    with claimed_place(final, needed) as (folder, claim):
         begun, unfinished = begin(), find_unfinished(folder.parent)
         if unfinished is None:
             unfinished = Unfinished(folder, begun)
@@ -410,79 +399,3 @@ def open_writer(
             raise
         finally:
             writer.close()
-
-
-def finish_complete(final: Path) -> None:
-    """Commit an extraction that was killed when all its rows were there; sweep what is left."""
-    final = real_path(final)
-    unfinished = find_unfinished(final)
-    if unfinished is not None and unfinished.complete:
-        needed = unfinished.finished_path.stat().st_size  # the rest is there and only moves
-        with _unfinished_folder(final, needed) as (_, claim):
-            finish(unfinished, claim)
-    elif final.is_dir() and (
-        any(_TEMPORARY.fullmatch(path.name) for path in final.iterdir())
-        or ((final / UNFINISHED).is_dir() and unfinished is None)
-        or (unfinished is not None and _is_committed(final, unfinished))
-    ):
-        # Of a run that was killed while it tidied up; or of one that is alive, which says so.
-        with suppress(OutputError), _unfinished_folder(final):
-            pass
-
-
-@contextmanager
-def _unfinished_folder(final: Path, needed: int | None = None) -> Iterator[tuple[Path, Claim]]:
-    """The folder for unfinished files, claimed; removed at the end unless it holds rows."""
-    final = real_path(final)
-    folder = final / UNFINISHED
-    if folder.is_symlink():
-        raise OutputError(f"expected {folder} to be a folder, got a link; remove it")
-    with disk_errors_named(final, needed):
-        is_new = not final.exists()
-        try:
-            with claimed(folder) as claim:
-                _sweep(final)
-                try:
-                    yield folder, claim
-                finally:
-                    if claim.held:
-                        _leave(folder)
-        finally:
-            # Only what is empty goes: where no claim was had, or nothing is left.
-            for empty in [folder, final] if is_new else [folder]:
-                with suppress(OSError):
-                    empty.rmdir()
-
-
-def _leave(folder: Path) -> None:
-    """Remove the folder unless the next run can go on from it."""
-    final = folder.parent
-    unfinished = find_unfinished(final)
-    if unfinished is not None and not _is_committed(final, unfinished) and unfinished.share() > 0:
-        return
-    # Renamed first: another run may begin a new one while this is being removed.
-    aside = final / f".{UNFINISHED}.{os.getpid()}.tmp"
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_committed(final: Path, unfinished: Unfinished) -> bool:
-    if not (final / LAYER_INFO).is_file():
-        return False
-    cached = read_manifest(final / LAYER_INFO, LayerInfo)
-    if not unfinished.complete:
-        return not unfinished.begun.repairs and {*unfinished.begun.layers} <= {*cached.layers}
-    new = read_manifest(unfinished.finished_path, LayerInfo)
-    return all(cached.files.get(name) == record for name, record in new.files.items())
-
-
-def _sweep(final: Path) -> None:
-    """Remove what killed runs were just writing; only who holds the claim may."""
-    for folder in (final, final / UNFINISHED):
-        for path in folder.iterdir():
-            if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
-                # A run that is refused, or has just ended, removes its own at the same moment.
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)

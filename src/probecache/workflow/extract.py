@@ -25,13 +25,9 @@ from probecache.loaded import LoadedModel
 from probecache.memory import peak_bytes
 from probecache.progress import Progress
 from probecache.store.journal import Begun, find_unfinished
+from probecache.store.place import finish_complete
 from probecache.store.reader import Cache, open_cache
-from probecache.store.writer import (
-    CacheWriter,
-    finish_complete,
-    open_writer,
-    require_free_layers,
-)
+from probecache.store.writer import CacheWriter, open_writer, require_free_layers
 from probecache.types import Identity, Positions
 from probecache.workflow.execution import EngineName, Passage
 from probecache.workflow.pipe import Pipe

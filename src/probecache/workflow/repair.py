@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from probecache.atomic import disk_errors_named, write_bytes
+from probecache.atomic import real_path, write_bytes
 from probecache.errors import MismatchError, StoreError
 from probecache.identity import EXTENDING, require_same
-from probecache.store.journal import Begun
+from probecache.layers import format_layers
+from probecache.store.journal import Begun, find_unfinished
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
@@ -33,6 +34,7 @@ from probecache.store.layout import (
     activations_path,
     checksums_path,
 )
+from probecache.store.place import claimed_place, finish_complete
 from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import encode_tokens
 from probecache.store.verify import Report, damaged_examples, verify
@@ -42,6 +44,7 @@ from probecache.workflow.prepare import Plan, Preparation, prepare, work_out
 from probecache.workflow.resume import begin
 
 if TYPE_CHECKING:
+    from probecache.store.journal import Unfinished
     from probecache.types import Identity
     from probecache.workflow.prepare import ExtractRequest
 
@@ -75,6 +78,7 @@ def repair(
         StoreError: the manifest is damaged, which says what everything else should be.
         MismatchError: model, data or options are not those of the cache.
     """
+    finish_complete(path)
     before = verify(path)
     if before.whole:
         return Repair(before, before)
@@ -86,8 +90,8 @@ def repair(
         )
     info = read_manifest(path / LAYER_INFO, LayerInfo)
     prepared = prepare(request_of(info), info.identity)
-    _require_cache(path, info, prepared.identity)
-    with disk_errors_named(path):
+    _require_cache(path, info, prepared.identity, ())
+    with claimed_place(path):
         _write_small_files(path, info, prepared, damaged)
     layers = tuple(
         layer
@@ -102,14 +106,18 @@ def repair(
     return Repair(before, after, changed)
 
 
-def _require_cache(path: Path, info: LayerInfo, identity: Identity) -> None:
-    """Raise MismatchError unless this is what the cache was made from; see `require_same`."""
+def _require_cache(
+    path: Path, info: LayerInfo, identity: Identity, layers: tuple[int, ...]
+) -> None:
+    """Raise MismatchError unless this is what these layers were made from; see `require_same`."""
     known = replace(identity, attention=identity.attention or info.identity.attention)
     require_same(
         info.identity,
         known,
         EXTENDING,
         what=f"Cache {path} and what is to repair it",
+        allowed=None,
+        layers=layers,
         remedy="name the model and the data that it was made from with --model and --data",
     )
 
@@ -171,28 +179,51 @@ def _extract(
     announce: Callable[[Plan], None] | None,
     finished: Callable[[Took], None] | None,
 ) -> None:
-    blueprint = replace(prepared.blueprint, layers=layers)
+    _require_no_other(path, layers)
+    blueprint = replace(prepared.blueprint, layers=layers, origin=info.origin)
     planned = work_out(prepared, None, blueprint, path)
     prepared.source.check_device()
     if announce is not None:
         announce(planned)
-    samples = prepared.source.weight_samples(tuple(info.layers))
+    samples = prepared.source.weight_samples(layers)
     identity = replace(prepared.identity, weight_samples=samples)
-    _require_cache(path, info, identity)
+    _require_cache(path, info, identity, layers)
 
     def begun() -> Begun:
+        other = _require_no_other(path, layers)
+        if other is not None:
+            other.drop()
         return begin(prepared, planned, identity, repairs=True)
 
     with open_writer(path, blueprint, begun, info) as writer:
         for layer in layers:
             _copy_whole_rows(writer, path, info, layer, damaged)
         filling = Filling(
-            writer, prepared, planned, None, lambda found, _: _require_cache(path, info, found)
+            writer,
+            prepared,
+            planned,
+            None,
+            lambda found, _: _require_cache(path, info, found, layers),
         )
         filling.fill(identity)
         writer.commit(info.identity, info.timing, info.execution)
         if finished is not None:
             finished(filling.took())
+
+
+def _require_no_other(path: Path, layers: tuple[int, ...]) -> Unfinished | None:
+    """Raise MismatchError over an unfinished extraction; a repair of other layers comes back."""
+    found = find_unfinished(real_path(path))
+    if found is None or (found.begun.repairs and found.begun.layers == layers):
+        return None
+    if not found.begun.repairs:
+        raise MismatchError(
+            f"expected nothing unfinished in {path} when it is repaired, got an extraction of "
+            f"layers {format_layers(found.begun.layers)} ({found.share():.1%} of the rows on "
+            "disk); finish it first with the command that it was begun with, or remove "
+            f"{found.folder} to drop what it computed"
+        )
+    return found
 
 
 def _copy_whole_rows(

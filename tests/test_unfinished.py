@@ -1,0 +1,168 @@
+"""The folder of an unfinished extraction: damaged, forged, or left at the moment of a commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from families import RECORDS
+
+import probecache
+from probecache.errors import StoreError
+from probecache.store import commit, place
+from probecache.store.describe import describe
+from probecache.store.journal import find_unfinished
+from probecache.store.seal import seal_json
+from probecache.store.writer import CacheWriter
+
+
+@pytest.fixture
+def llama(folders):
+    return folders("llama")
+
+
+def extracted(model, output, **options):
+    settings = {"layers": [1, 2], "batch_tokens": 30, "quiet": True, "device": "cpu"}
+    return probecache.extract(
+        model=str(model), data=RECORDS, output=output, engine="resident", **{**settings, **options}
+    )
+
+
+def interrupted(model, output, monkeypatch):
+    write, calls = CacheWriter.write, []
+
+    def stopped(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write", stopped)
+    with pytest.raises(probecache.errors.Interrupted):
+        extracted(model, output)
+    monkeypatch.undo()
+
+
+def content_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def flipped(place):
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *map(flipped, (3, 700, -100, -1)),
+        lambda path: os.truncate(path, 3000),
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, path.stat().st_size + 1),
+        Path.unlink,
+        lambda path: path.rename(path.with_name("x")) and path.symlink_to("x"),
+    ],
+    ids=[
+        "head",
+        "record",
+        "directory",
+        "end",
+        "cut",
+        "empty",
+        "longer",
+        "missing",
+        "link",
+    ],
+)
+def test_an_unfinished_file_that_was_damaged_is_made_right(llama, tmp_path, monkeypatch, damage):
+    output = tmp_path / "cache"
+    interrupted(llama, output, monkeypatch)
+    damage(next(output.glob("unfinished/layer_*/test_activations.pt")))
+    extracted(llama, output)
+    assert probecache.verify(output).whole
+    assert content_of(output) == content_of(extracted(llama, tmp_path / "whole").path)
+
+
+def copy_of_what_is_there(monkeypatch, module, name, copy, number=1):
+    """What a kill would leave on disk before a call."""
+    function, calls = getattr(module, name), []
+
+    def copying(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            (folder,) = (p.parent for p in (arguments[0] / "x").parents if p.name == "unfinished")
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("owner.json"))
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, copying)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_cache_whose_new_layers_are_on_their_way_is_whole(llama, tmp_path, monkeypatch, number):
+    extracted(llama, tmp_path / "cache", layers=[1])
+    copy_of_what_is_there(monkeypatch, commit, "_move", tmp_path / "killed", number)
+    whole = extracted(llama, tmp_path / "cache", layers=[1, 3])
+    monkeypatch.undo()
+    killed = tmp_path / "killed"
+    report = probecache.verify(killed)
+    assert report.whole, report.damages
+    assert report.notes == ["layers 3 are being added: 100.0% of their rows are on disk"]
+    assert "unfinished        100.0% of the rows; the same command goes on" in describe(killed)
+    assert probecache.repair(killed).after.notes == [], "whatever comes next finishes it"
+    assert content_of(killed) == content_of(whole.path)
+
+
+def test_leftovers_of_a_finished_extraction_are_told_as_such(llama, tmp_path):
+    cache = extracted(llama, tmp_path / "cache", layers=[1])
+    aside = cache.path / ".unfinished.123.tmp"
+    (aside / "layer_1").mkdir(parents=True)
+    (aside / "layer_1" / "test_activations.pt").write_bytes(b"rows")
+    (cache.path / ".layer_info.json.123-abc.tmp").write_bytes(b"{")
+    report = probecache.verify(cache.path)
+    assert report.whole
+    assert report.notes[0].startswith("2 leftovers of a run that was killed")
+    probecache.repair(cache.path)
+    assert probecache.verify(cache.path).notes == []
+    (cache.path / ".layer_info.json").write_bytes(b"{")
+    assert [one.file for one in probecache.verify(cache.path).damages] == [".layer_info.json"]
+
+
+def test_what_a_run_left_that_was_killed_when_all_was_committed_is_not_unfinished(
+    llama, tmp_path, monkeypatch
+):
+    copy_of_what_is_there(monkeypatch, place, "_leave", tmp_path / "killed")
+    whole = extracted(llama, tmp_path / "cache", layers=[1])
+    monkeypatch.undo()
+    killed = tmp_path / "killed"
+    assert (killed / "unfinished").is_dir()
+    report = probecache.verify(killed)
+    assert report.whole
+    assert report.notes == []
+    assert not [line for line in describe(killed) if line.startswith("unfinished")]
+    extracted(llama, killed, layers=[1])
+    assert content_of(killed) == content_of(whole.path)
+
+
+@pytest.mark.parametrize("examples", [10**8, 10**12, 10**30])
+def test_how_many_examples_were_begun_is_not_taken_on_trust(llama, tmp_path, monkeypatch, examples):
+    cache = tmp_path / "cache"
+    interrupted(llama, cache, monkeypatch)
+    begun = find_unfinished(cache).begun.model_dump(mode="json")
+    path = cache / "unfinished" / "begun.json"
+    path.write_bytes(seal_json(begun | {"examples": examples}))
+    for command in (describe, partial(extracted, llama)):
+        with pytest.raises(StoreError, match=r"expected \d+ examples, got \d+ bits; remove"):
+            command(cache)
+    path.with_name("progress.json").unlink()
+    assert "unfinished        0.0% of the rows; the same command goes on" in describe(cache)
