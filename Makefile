@@ -11,8 +11,9 @@ demo: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m bench extract
 
+# A file of tests at a time in each process: what a file builds, it builds once.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
