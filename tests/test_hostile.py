@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import BLOCKS, FAMILIES, build
 from synthetic import labelled, write_cache
 
 import probecache
@@ -205,19 +206,70 @@ def test_pickled_weights_alone_are_refused(model_with_canaries, marker):
     assert not marker.exists()
 
 
-def test_attention_that_a_config_would_fetch_is_refused(model_with_canaries):
-    edit(model_with_canaries / "config.json", lambda c: c.update(attn_implementation="evil/code"))
-    with pytest.raises(ModelError, match="attention of the repository evil/code"):
-        open_model(ModelOptions(str(model_with_canaries)))
+@pytest.mark.parametrize("asked", ["evil/code", "flex_attention", "paged|eager", ["eager"]])
+@pytest.mark.parametrize("place", [None, "text_config", "vision_config"])
+def test_attention_that_transformers_would_fetch_or_compile_is_refused(tmp_path, asked, place):
+    folder = build(FAMILIES["gemma3_images"], tmp_path / "model")
+    asks = {place: asked} if place else asked
+    edit(folder / "config.json", lambda c: c.update(attn_implementation=asks))
+    with pytest.raises(ModelError, match=r"ask for the attention eager, sdpa, .* got"):
+        open_model(ModelOptions(str(folder)))
 
 
-@pytest.mark.parametrize("place", ["num_hidden_layers", "text_config"])
-def test_a_config_of_more_blocks_than_any_model_has_is_refused(model_with_canaries, place):
-    settings = {"num_hidden_layers": 10**9}
-    change = settings if place in settings else {place: settings}
+@pytest.mark.parametrize("asked", ["eager", "sdpa", {"text_config": "eager"}, None])
+def test_attention_that_a_config_may_ask_for_is_taken(tmp_path, asked):
+    folder = build(FAMILIES["gemma3_images"], tmp_path / "model")
+    edit(folder / "config.json", lambda c: c.update(attn_implementation=asked))
+    assert open_model(ModelOptions(str(folder))).num_hidden_layers == BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than 10000"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000, more than 100000"),
+    ],
+)
+@pytest.mark.parametrize("place", [None, "text_config"])
+def test_a_config_that_counts_more_than_any_model_has_is_refused(
+    model_with_canaries, settings, words, place
+):
+    change = {place: settings} if place else settings
     edit(model_with_canaries / "config.json", lambda c: c.update(change))
-    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000, more than 10000"):
+    with pytest.raises(ModelError, match=words):
         open_model(ModelOptions(str(model_with_canaries)))
+
+
+@pytest.mark.parametrize(
+    ("bomb", "words"),
+    [
+        ("[" + ",".join(['{"":[]}'] * 200_000) + "]", "too many values for so few bytes"),
+        ('"' + "x" * (4 << 20) + '"', "config.json has 419.... bytes, more than 4194304"),
+    ],
+    ids=["dense", "long"],
+)
+def test_a_config_that_its_size_does_not_explain_is_refused(model_with_canaries, bomb, words):
+    path = model_with_canaries / "config.json"
+    path.write_text(path.read_text().rstrip()[:-1] + f', "junk": {bomb}}}')
+    with pytest.raises(ModelError, match=words):
+        open_model(ModelOptions(str(model_with_canaries)))
+
+
+def test_a_config_of_many_names_and_of_infinity_is_taken(model_with_canaries):
+    names = {str(number): f"LABEL_{number}" for number in range(21_843)}
+    numbers = {name: int(number) for number, name in names.items()}
+    change = {"id2label": names, "label2id": numbers, "time_step_limit": [0.0, float("inf")]}
+    edit(model_with_canaries / "config.json", lambda c: c.update(change))
+    assert open_model(ModelOptions(str(model_with_canaries))).config.num_labels == 21_843
+
+
+@pytest.mark.parametrize("trained", ["x", [4], float("nan")])
+def test_a_config_of_words_for_numbers_is_refused(model_with_canaries, trained):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    rope["original_max_position_embeddings"] = trained
+    edit(model_with_canaries / "config.json", lambda c: c.update(rope_parameters=rope))
+    with pytest.raises(ModelError, match="expected original_max_position_embeddings in"):
+        open_model(ModelOptions(str(model_with_canaries))).depends_on_length(8)
 
 
 def test_an_adapter_that_names_a_module_is_refused_before_it_is_imported(
@@ -264,6 +316,7 @@ def test_a_hostile_chat_template_is_refused(tmp_path, name, in_time):
             load_dataset(labelled(*LABELS)), source.tokenizer, source.facts, PromptOptions()
         )
     assert str(caught.value).isprintable()
+    assert re.search(r"but it refused: \S", str(caught.value))  # a MemoryError has no words
 
 
 # ---------------------------------------------------------------- nothing is written elsewhere

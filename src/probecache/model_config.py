@@ -6,11 +6,13 @@ Imports transformers, as `models.py`, `loading.py` and `attention.py` do.
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import ModelError, one_line
+from probecache.foreign import read_text_bytes, require_sane_density
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +31,15 @@ __all__ = [
 # What is read of a folder before its weights; the largest vocabularies have 35 MB.
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _MOST_BYTES = 256 << 20
-# Every one is built, empty, before weights are looked at; no model has nearly as many.
-_MODULES, _MOST_MODULES = re.compile(r"(^|_)(layer|block|expert)s?$|^depth$"), 10_000
+# Transformers makes many times its size of it; names of 20,000 classes take 2 MB, all else little.
+_CONFIG, _MOST_CONFIG_BYTES = "config.json", 4 << 20
+# Every one is built, empty or as a name, before weights are looked at; no model has nearly as many.
+_COUNTS = (
+    (re.compile(r"(^|_)(layer|block|expert)s?$|^depth$"), 10_000),
+    (re.compile(r"^num_(labels|classes)$"), 100_000),
+)
+# Transformers would compile others, or fetch and run them.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def quiet_transformers() -> None:
@@ -56,14 +65,24 @@ def read_config(folder: Path, name: str) -> Any:
         raise ModelError(
             f"expected a Hugging Face model at {name}, got: {one_line(error)}"
         ) from error
-    for part in (config, config.get_text_config()):
-        attention = str(getattr(part, "_attn_implementation", None))
-        if "/" in attention:  # transformers would fetch and run it
+    for part in _parts(config):
+        attention = getattr(part, "_attn_implementation", None)
+        if attention is not None and attention not in _ATTENTIONS:
             raise ModelError(
-                f"expected a config without code in {name}, got the attention of the repository "
-                f"{attention}; remove attn_implementation from its config.json"
+                f"expected the config of {name} to ask for the attention {', '.join(_ATTENTIONS)} "
+                f"or none, got {attention!r}; remove attn_implementation from its config.json"
             )
     return config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and all that are nested in it: of the language model, of towers for images."""
+    from transformers import PretrainedConfig
+
+    yield config
+    for inner in vars(config).values():
+        if isinstance(inner, PretrainedConfig):
+            yield from _parts(inner)
 
 
 def _require_files(folder: Path) -> None:
@@ -73,14 +92,17 @@ def _require_files(folder: Path) -> None:
             found = path.stat()
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
                 raise ValueError(f"{path.name} is no regular file")
-            if found.st_size > _MOST_BYTES:
-                raise ValueError(f"{path.name} has {found.st_size} bytes, more than {_MOST_BYTES}")
-    settings = folder / "config.json"
-    if not settings.is_file():
-        raise ValueError("a folder without config.json")
-    for name, count in _integers(json.loads(settings.read_bytes())):
-        if _MODULES.search(name) and count > _MOST_MODULES:
-            raise ValueError(f"{name} is {count}, more than {_MOST_MODULES}, in config.json")
+            most = _MOST_CONFIG_BYTES if path.name == _CONFIG else _MOST_BYTES
+            if found.st_size > most:
+                raise ValueError(f"{path.name} has {found.st_size} bytes, more than {most}")
+    if not (folder / _CONFIG).is_file():
+        raise ValueError(f"a folder without {_CONFIG}")
+    content = read_text_bytes(folder / _CONFIG, _MOST_CONFIG_BYTES)
+    require_sane_density(content)
+    for name, count in _integers(json.loads(content)):
+        for pattern, most in _COUNTS:
+            if pattern.search(name) and count > most:
+                raise ValueError(f"{name} is {count}, more than {most}, in {_CONFIG}")
 
 
 def _integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -95,12 +117,24 @@ def _integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 def context_length(config: Any) -> int | None:
     """Most tokens that a model takes; None: no limit."""
     text = config.get_text_config()
-    context: int | None = getattr(text, "max_position_embeddings", None)
-    if context is None or context < 1:  # below 1 is XLNet's way of saying that there is no limit
+    context = _whole(text, "max_position_embeddings")
+    if context < 1:  # below 1 is XLNet's way of saying that there is no limit
         return None
     if "roberta" in str(config.model_type):
-        context -= text.pad_token_id + 1  # its positions start behind padding's
+        context -= _whole(text, "pad_token_id") + 1  # its positions start behind padding's
     return context
+
+
+def _whole(settings: Any, name: str) -> int:
+    """A whole number of a config or of a dictionary in one; 0 where it is not given."""
+    given = settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
+    value = given or 0
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ModelError(
+            f"expected {name} in {_CONFIG} to be a number, got {value!r}; the config is damaged: "
+            "download the model again"
+        )
+    return int(value)
 
 
 def is_causal(config: Any) -> bool:
@@ -128,7 +162,7 @@ def place_limit(config: Any) -> int | None:
     text = config.get_text_config()
     if not getattr(text, "attn_temperature_tuning", None):
         return None
-    return max(int(getattr(text, "floor_scale", 0) or 0) - 1, 1)
+    return max(_whole(text, "floor_scale") - 1, 1)
 
 
 def depends_on_length(config: Any, longest: int) -> bool:
@@ -142,9 +176,8 @@ def depends_on_length(config: Any, longest: int) -> bool:
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for one in nested or [parameters]:
         if one.get("rope_type") in ("dynamic", "longrope"):
-            trained = one.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            if longest > (trained or text.max_position_embeddings):
+            original = "original_max_position_embeddings"
+            trained = _whole(one, original) or _whole(text, original)
+            if longest > (trained or _whole(text, "max_position_embeddings")):
                 return True
     return False

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from probecache.dates import frozen
-from probecache.errors import PromptError, UsageError
+from probecache.errors import PromptError, UsageError, one_line
 from probecache.spans import spans_between, special_ids, text_tokens
 from probecache.types import Example, Message, Positions, TokenizedPrompt
 
@@ -360,7 +360,8 @@ class _Renderer:
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise PromptError(
                 f"{where}: expected the chat template to render the roles "
-                f"{', '.join(m.role for m in conversations[0])}, but it refused: {error}"
+                f"{', '.join(m.role for m in conversations[0])}, but it refused: "
+                f"{one_line(error)}"
             ) from error
         return [str(text) for text in texts]
 
