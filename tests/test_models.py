@@ -257,12 +257,46 @@ def test_a_missing_weight_is_refused_and_never_drawn_at_random(llama, tmp_path, 
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_weight_of_another_shape_is_refused(llama, tmp_path):
+@pytest.mark.parametrize(
+    ("bend", "words"),
+    [
+        (lambda tensor: tensor[:-1], r"0\.mlp\.up_proj.* \(48, 32\) .* another shape, \(47, 32\)"),
+        (lambda tensor: tensor.T, r"1 are missing or of another shape.*0\.mlp\.up_proj"),
+    ],
+    ids=["cut", "turned"],
+)
+def test_a_weight_of_another_shape_is_refused(llama, tmp_path, bend, words):
     bent = copied(llama, tmp_path)
     wanted = "model.layers.0.mlp.up_proj.weight"
-    change(bent, lambda name, tensor: tensor[:-1] if name == wanted else tensor)
-    with pytest.raises(ModelError, match=r"1 are missing or of another shape.*0\.mlp\.up_proj"):
+    change(bent, lambda name, tensor: bend(tensor).contiguous() if name == wanted else tensor)
+    with pytest.raises(ModelError, match=words):
         extracted(bent, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_hidden_layers", BLOCKS + 3, f"expected block {BLOCKS} in .* counts {BLOCKS + 3} "),
+        *((name, 10**12, "embed_tokens.*another shape") for name in ("hidden_size", "vocab_size")),
+        ("intermediate_size", 10**12, r"mlp\.down_proj.*another shape"),
+    ],
+)
+def test_a_plan_refuses_a_config_that_the_weights_do_not_bear_out(
+    llama, tmp_path, name, value, words
+):
+    bent = copied(llama, tmp_path)
+    config = json.loads((bent / "config.json").read_text())
+    (bent / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ModelError, match=words):
+        probecache.plan_extraction(model=str(bent), data=RECORDS)
+
+
+def test_a_checkpoint_of_more_blocks_than_its_config_counts_is_read_as_it_says(llama, tmp_path):
+    """As those are that predict further tokens by blocks of their own."""
+    short = copied(llama, tmp_path)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"num_hidden_layers": BLOCKS - 1}))
+    assert extracted(short, tmp_path / "cache").layers == tuple(range(BLOCKS))
 
 
 @pytest.mark.parametrize("blocks", [0, -1, "two", None])

@@ -23,7 +23,7 @@ from probecache.errors import ModelError, UsageError, one_line
 from probecache.foreign import open_regular, parse_json, read_json, require_sane_density
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "Naming",
@@ -34,6 +34,7 @@ __all__ = [
     "indexed_files",
     "is_final_norm",
     "read_header",
+    "require_safetensors",
     "weight_files",
 ]
 
@@ -99,7 +100,7 @@ class Naming:
 
     def block_of(self, name: str) -> int | None:
         """The block that a tensor belongs to, or None."""
-        relative = self._unwrapped(name)
+        relative = self.unwrapped(name)
         if any(word in relative for word in self.not_text):
             return None
         match = re.search(rf"(?:^|\.){re.escape(self.block_list)}\.(\d+)\.", relative)
@@ -107,9 +108,10 @@ class Naming:
 
     def in_base(self, name: str) -> bool:
         """Whether a tensor belongs to the model without head."""
-        return self._unwrapped(name).split(".")[0] in self.children
+        return self.unwrapped(name).split(".")[0] in self.children
 
-    def _unwrapped(self, name: str) -> str:
+    def unwrapped(self, name: str) -> str:
+        """A tensor's name in the model without head."""
         first, _, rest = name.partition(".")
         while rest and first not in self.children and first in self.wrappers:
             name = rest
@@ -153,6 +155,32 @@ class Weights:
     def of_block(self, index: int) -> list[StoredTensor]:
         """Tensors of one block."""
         return [self._stored(name) for name in self._names(range(index, index + 1), False)]
+
+    def require(self, blocks: range, shapes: Mapping[str, Sequence[int]], sized: bool) -> None:
+        """Refuse a checkpoint that cannot fill these blocks and what stands outside of all.
+
+        Args:
+            blocks: the blocks.
+            shapes: of each weight of the model that the config describes.
+            sized: whether weights are stored in as many numbers as they have in the model.
+
+        Raises:
+            ModelError: names the block that is not there, or the weight of another shape.
+        """
+        filled = {self.naming.block_of(name) for name in shapes} - {None}
+        for block in blocks:
+            if block in filled and not self._by_block.get(block):
+                raise ModelError(
+                    f"expected block {block} in the weights in {self.folder}, as its config counts "
+                    f"{len(filled)} from 0 on, got nothing of it; download the model again"
+                )
+        for tensor in self.needed(blocks) if sized else ():
+            shape = tuple(shapes.get(self.naming.unwrapped(tensor.name), tensor.shape))
+            if tensor.count != math.prod(shape):  # some are turned round while they are loaded
+                raise ModelError(
+                    f"expected {tensor.name} of shape {shape} in {self.folder}, as the config has "
+                    f"it, got another shape, {tensor.shape}; download the model again"
+                )
 
     def absent_files(self, blocks: range, outside: bool = True) -> list[str]:
         """Files that are not on this machine, of tensors in these blocks and outside of all."""
@@ -252,6 +280,17 @@ def folder_of(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"expected a model folder or a hub id that can be reached, got {name}: "
             f"{one_line(error)}"
         ) from error
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise ModelError over a folder without safetensors, or with nothing but pickled weights."""
+    if not list(folder.glob("*.safetensors")):
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        got = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise ModelError(
+            f"expected safetensors weights in {folder}, got {got}; pickles can run code: convert "
+            "them with save_pretrained and use the result"
+        )
 
 
 def hub_tensors(name: str, revision: str) -> Iterator[StoredTensor]:

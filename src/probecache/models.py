@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.adapter import Adapter, find_adapter
-from probecache.checkpoint import Naming, Weights, folder_of
+from probecache.checkpoint import Naming, Weights, folder_of, require_safetensors
 from probecache.devices import find_device
 from probecache.errors import ModelError, UsageError, one_line
 from probecache.loaded import NOT_TEXT, LoadedModel, find_blocks
@@ -258,13 +258,13 @@ class ModelSource:
                 "adapter_config.json beside it; name the base with --model and the adapter's own "
                 "folder with --adapter"
             )
-        if self._is_local and not list(self.folder.glob("*.safetensors")):
-            pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-            got = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
-            raise ModelError(
-                f"expected safetensors weights in {self.options.model}, got {got}; pickles can run "
-                "code: convert them with save_pretrained and use the result"
-            )
+        if self._is_local:
+            require_safetensors(self.folder)
+
+    def check_blocks(self, depth: int) -> None:
+        """Refuse weights that do not fill the first `depth` blocks; see `Weights.require`."""
+        shapes = {name: weight.shape for name, weight in self._shell.named_parameters()}
+        self.weights.require(_blocks(depth, 0), shapes, sized=self.quantization is None)
 
     # -- weights on disk
 

@@ -154,6 +154,7 @@ def prepare(request: ExtractRequest, known: Identity | None = None) -> Preparati
     positions = default_positions(request.prompts, dataset.paired)
     prompts = tokenize_dataset(dataset, source.tokenizer, source.facts, request.prompts)
     source.check_ids(max(int(prompt.ids.max()) for prompt in prompts))
+    source.check_blocks(max(layers))
     return Preparation(
         request=request,
         source=source,
