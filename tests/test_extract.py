@@ -780,10 +780,12 @@ def test_another_run_does_not_go_on_with_what_is_unfinished(
         extracted(llama, tmp_path / "cache", **options)
     monkeypatch.undo()
     before = content_of(tmp_path / "cache")
-    with pytest.raises(MismatchError, match=named) as refused:
-        extracted(llama, tmp_path / "cache", **{**options, **change})
-    assert "unfinished" in str(refused.value)
-    assert "--allow-mismatch" not in str(refused.value), "a layer's rows are of one run"
+    settings = {"data": RECORDS, "quiet": True, "device": "cpu", **options, **change}
+    for begin in (probecache.extract, probecache.plan_extraction):
+        with pytest.raises(MismatchError, match=named) as refused:
+            begin(model=str(llama), output=tmp_path / "cache", **settings)
+        assert "unfinished" in str(refused.value)
+        assert "--allow-mismatch" not in str(refused.value), "a layer's rows are of one run"
     assert content_of(tmp_path / "cache") == before
 
 

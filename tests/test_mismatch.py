@@ -33,6 +33,7 @@ LARGE = Family(
 )
 ENGINES = ["resident", "stream"]
 TESTED = "model.layers.0.mlp.up_proj.weight"
+TASK = {"data": RECORDS, "layers": [1], "positions": "last", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,11 @@ def adapter(model, tmp_path_factory):
 
 
 def extracted(model, output, **options):
-    settings = {"data": RECORDS, "layers": [1], "positions": "last", "quiet": True, "device": "cpu"}
-    return probecache.extract(model=str(model), output=output, **{**settings, **options})
+    return probecache.extract(model=str(model), output=output, quiet=True, **{**TASK, **options})
+
+
+def planned(model, output, **options):
+    return probecache.plan_extraction(model=str(model), output=output, **{**TASK, **options})
 
 
 def content_of(folder):
@@ -205,6 +209,9 @@ def test_a_cache_is_neither_reused_nor_extended(model, adapter, tmp_path, name, 
         extracted(other, cache.path, layers=layers, **options)
     assert "\n" not in str(caught.value)
     assert (f"{name} cannot be allowed: " in str(caught.value)) == (name in CANNOT)
+    if name != "weights":  # of which a plan looks at nothing but names and shapes
+        with pytest.raises(MismatchError, match=rf"\b{name}: expected .*, got .*; ask for"):
+            planned(other, cache.path, layers=layers, **options)
     assert content_of(cache.path) == before
 
     task = {"layers": layers, "allow_mismatch": [name], **options}
@@ -215,6 +222,7 @@ def test_a_cache_is_neither_reused_nor_extended(model, adapter, tmp_path, name, 
             extracted(other, cache.path, **task)
         assert content_of(cache.path) == before
         return
+    assert planned(other, cache.path, **task).cached_layers == (1,)
     grown = extracted(other, cache.path, **task)
     if layers == [1]:
         assert content_of(cache.path) == before

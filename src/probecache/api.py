@@ -215,7 +215,8 @@ def plan_extraction(
     Without `output`, of a cache of its own on the current folder's disk.
 
     Raises:
-        ProbecacheError: whatever `extract` would refuse before it reads a weight.
+        ProbecacheError: whatever `extract` would refuse before it looks into the weights or asks
+            for the device; too little room on the disk is told and not refused.
     """
     from probecache.workflow.prepare import plan
 

@@ -20,7 +20,6 @@ from probecache.atomic import real_path, require_place
 from probecache.content import weights_content
 from probecache.engine import release_memory
 from probecache.errors import Interrupted, ModelError, NonFiniteError, OutputError
-from probecache.identity import EXTENDING, require_same
 from probecache.loaded import LoadedModel
 from probecache.memory import peak_bytes
 from probecache.progress import Progress
@@ -44,6 +43,7 @@ from probecache.workflow.resume import (
     KeptSnapshots,
     begin,
     identity_before,
+    require_same_cache,
     require_same_run,
     require_unchanged,
 )
@@ -174,18 +174,7 @@ def _require_all(
         accept(identity, prepared.dataset.labels)
     if existing is None:
         return []
-    return _require_same_cache(existing, identity, prepared.request.allow_mismatch)
-
-
-def _require_same_cache(existing: Cache, identity: Identity, allowed: Sequence[str]) -> list[str]:
-    return require_same(
-        existing.identity,
-        identity,
-        EXTENDING,
-        what=f"Cache {existing.path} and this run",
-        allowed=allowed,
-        remedy="ask for the same again, or extract into another --output",
-    )
+    return require_same_cache(existing, identity, prepared.request.allow_mismatch)
 
 
 def _note_allowed(writer: CacheWriter, existing: Cache | None, allowed: Sequence[str]) -> None:

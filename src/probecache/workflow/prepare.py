@@ -38,7 +38,12 @@ from probecache.workflow.execution import (
     choose_execution,
     find_passages,
 )
-from probecache.workflow.resume import execution_of, identity_before
+from probecache.workflow.resume import (
+    execution_of,
+    identity_before,
+    require_same_cache,
+    require_same_run,
+)
 
 __all__ = [
     "ExtractRequest",
@@ -175,12 +180,17 @@ def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
         output: the cache's folder; None stands for a free place in the current one.
 
     Raises:
-        As `prepare`; OutputError, MismatchError: the output holds something else.
+        As `prepare`; OutputError, MismatchError: the output holds something else, finished or not.
     """
     existing = None if output is None else existing_cache(Path(output))
     output = Path() if output is None else Path(output)
     prepared = prepare(request, identity_before(output, existing))
-    return work_out(prepared, existing, missing(prepared.blueprint, existing), output)
+    planned = work_out(prepared, existing, missing(prepared.blueprint, existing), output)
+    if existing is not None:
+        require_same_cache(existing, prepared.identity, request.allow_mismatch)
+    if planned.layers:
+        require_same_run(planned, prepared, prepared.identity)
+    return planned
 
 
 def work_out(

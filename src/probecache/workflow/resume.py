@@ -1,7 +1,8 @@
-"""May this run go on from what an interrupted one left, and how did that one go?
+"""May this run add to what is there, and how did the interrupted one go that it goes on from?
 
-Guarantee: a run goes on only with the same identity and layers; asked for with the same options it
-goes the same way as it was begun, so that the cache comes out the same to the byte.
+Guarantee: a run goes on only with the same identity, from an interrupted one with the same layers
+too; asked for with the same options it goes the same way as it was begun, so that the cache comes
+out the same to the byte.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from probecache.streaming import Snapshot
 from probecache.workflow.execution import EngineName, Execution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from probecache.store.journal import Unfinished
     from probecache.store.reader import Cache
@@ -34,6 +35,7 @@ __all__ = [
     "begin",
     "execution_of",
     "identity_before",
+    "require_same_cache",
     "require_same_run",
     "require_unchanged",
 ]
@@ -73,6 +75,27 @@ def identity_before(output: Path, existing: Cache | None) -> Identity | None:
     if unfinished is not None:
         return unfinished.begun.identity
     return existing.identity if existing is not None else None
+
+
+def require_same_cache(existing: Cache, identity: Identity, allowed: Sequence[str]) -> list[str]:
+    """Raise MismatchError where the cache that layers are added to differs.
+
+    Args:
+        existing: the cache.
+        identity: of this run, as far as it is known.
+        allowed: fields that may differ, as named by --allow-mismatch.
+
+    Returns:
+        The differences that were allowed.
+    """
+    return require_same(
+        existing.identity,
+        identity,
+        EXTENDING,
+        what=f"Cache {existing.path} and this run",
+        allowed=allowed,
+        remedy="ask for the same again, or extract into another --output",
+    )
 
 
 def require_same_run(planned: Plan, prepared: Preparation, identity: Identity) -> None:
