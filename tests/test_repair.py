@@ -14,6 +14,7 @@ from probecache.cli import main
 from probecache.engine import ResidentEngine
 from probecache.errors import Interrupted, MismatchError, StoreError, UsageError
 from probecache.store import commit
+from probecache.store.journal import find_unfinished
 from probecache.store.verify import verify
 from probecache.store.writer import CacheWriter
 
@@ -136,7 +137,7 @@ def test_another_model_or_data_repairs_nothing(cache, folders, data, tmp_path, w
     assert content_of(cache) == before
 
 
-def test_an_interrupted_repair_goes_on(cache, original, monkeypatch):
+def test_an_interrupted_repair_says_so_and_goes_on(cache, original, monkeypatch, capsys):
     shutil.rmtree(cache / "layer_1")
     shutil.rmtree(cache / "layer_3")
     write, calls = CacheWriter.write, []
@@ -148,9 +149,15 @@ def test_an_interrupted_repair_goes_on(cache, original, monkeypatch):
         write(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        probecache.repair(cache, device="cpu", quiet=True)
+    with pytest.raises(SystemExit) as left:
+        main(["verify", str(cache), "--repair", "--device", "cpu", "--quiet"])
     monkeypatch.undo()
+    assert left.value.code == 130
+    share = find_unfinished(cache).share()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped with {share:.1%} of the rows on disk in {cache}; the same command again goes on "
+        "from there"
+    )
     assert not verify(cache).whole
     assert probecache.repair(cache, device="cpu", quiet=True).after.whole
     assert content_of(cache) == content_of(original)

@@ -5,6 +5,7 @@ Imports nothing heavy until a command runs, so that --help and argument errors a
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,8 @@ from probecache.terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from probecache.workflow.extract import Took
 
 __all__ = ["Stopped", "app"]
@@ -65,6 +68,14 @@ app = typer.Typer(
 
 class Stopped(Exception):
     """An extraction was stopped; says how to go on. Typer would swallow the original."""
+
+
+@contextmanager
+def _stops_told() -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as stop:
+        raise Stopped(str(stop)) from stop
 
 
 # ---------------------------------------------------------------- commands
@@ -137,10 +148,8 @@ def extract(
         print_plan(api.plan_extraction(**options))
         return
     took: list[Took] = []
-    try:
+    with _stops_told():
         cache = api.extract(**options, announce=print_start, finished=took.append)
-    except Interrupted as stop:
-        raise Stopped(str(stop)) from stop
     print_cache(cache, took[0] if took else None)
 
 
@@ -333,7 +342,8 @@ def verify(
         report = api.verify(path)
         print_report(report)
     else:
-        repaired = api.repair(path, announce=print_start, quiet=quiet, **given)
+        with _stops_told():
+            repaired = api.repair(path, announce=print_start, quiet=quiet, **given)
         print_repair(repaired)
         report = repaired.after
     if not report.whole:

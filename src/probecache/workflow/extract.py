@@ -19,11 +19,11 @@ import numpy as np
 from probecache.atomic import real_path, require_place
 from probecache.content import weights_content
 from probecache.engine import release_memory
-from probecache.errors import Interrupted, ModelError, NonFiniteError, OutputError
+from probecache.errors import ModelError, NonFiniteError, OutputError
 from probecache.loaded import LoadedModel
 from probecache.memory import peak_bytes
 from probecache.progress import Progress
-from probecache.store.journal import Begun, find_unfinished
+from probecache.store.journal import Begun
 from probecache.store.place import finish_complete
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer, require_free_layers
@@ -46,6 +46,7 @@ from probecache.workflow.resume import (
     require_same_cache,
     require_same_run,
     require_unchanged,
+    stops_told,
 )
 from probecache.workflow.running import Run
 
@@ -135,29 +136,16 @@ def _run(
         require_same_run(planned, prepared, as_read)  # another may have begun since it was asked
         return begin(prepared, planned, as_read)
 
-    try:
-        with open_writer(output, blueprint, begun, info) as writer:
-            filling = Filling(writer, prepared, planned, existing, accept)
-            identity = filling.fill(identity)
-            reused = {*prepared.layers} - {*blueprint.layers}
-            if reused:  # what was asked for and is not run must be of the same weights too
-                identity = _with_content(identity, prepared, max(reused), {})
-            _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
-            writer.commit(identity, filling.timing(), filling.execution())
-            if finished is not None:
-                finished(filling.took())
-    except KeyboardInterrupt as stop:
-        raise Interrupted(_words_to_resume(output)) from stop
-
-
-def _words_to_resume(output: Path) -> str:
-    unfinished = find_unfinished(real_path(output))
-    if unfinished is None or not unfinished.share():
-        return "stopped before any rows were on disk; nothing is kept"
-    return (
-        f"stopped with {unfinished.share():.1%} of the rows on disk in {output}; the same command "
-        "again goes on from there"
-    )
+    with stops_told(output), open_writer(output, blueprint, begun, info) as writer:
+        filling = Filling(writer, prepared, planned, existing, accept)
+        identity = filling.fill(identity)
+        reused = {*prepared.layers} - {*blueprint.layers}
+        if reused:  # what was asked for and is not run must be of the same weights too
+            identity = _with_content(identity, prepared, max(reused), {})
+        _note_allowed(writer, existing, _require_all(identity, prepared, existing, accept))
+        writer.commit(identity, filling.timing(), filling.execution())
+        if finished is not None:
+            finished(filling.took())
 
 
 # ---------------------------------------------------------------- who may refuse

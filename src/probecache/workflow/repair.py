@@ -41,7 +41,7 @@ from probecache.store.verify import Report, damaged_examples, verify
 from probecache.store.writer import CacheWriter, open_writer
 from probecache.workflow.extract import Filling, Took, kept_tokens
 from probecache.workflow.prepare import Plan, Preparation, prepare, work_out
-from probecache.workflow.resume import begin
+from probecache.workflow.resume import begin, stops_told
 
 if TYPE_CHECKING:
     from probecache.store.journal import Unfinished
@@ -195,7 +195,7 @@ def _extract(
             other.drop()
         return begin(prepared, planned, identity, repairs=True)
 
-    with open_writer(path, blueprint, begun, info) as writer:
+    with stops_told(path), open_writer(path, blueprint, begun, info) as writer:
         for layer in layers:
             _copy_whole_rows(writer, path, info, layer, damaged)
         filling = Filling(

@@ -8,12 +8,13 @@ out the same to the byte.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probecache.atomic import free_bytes, real_path
-from probecache.errors import MismatchError
+from probecache.errors import Interrupted, MismatchError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
 from probecache.store.journal import Begun, find_unfinished
@@ -21,7 +22,7 @@ from probecache.streaming import Snapshot
 from probecache.workflow.execution import EngineName, Execution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from probecache.store.journal import Unfinished
     from probecache.store.reader import Cache
@@ -38,6 +39,7 @@ __all__ = [
     "require_same_cache",
     "require_same_run",
     "require_unchanged",
+    "stops_told",
 ]
 
 
@@ -136,6 +138,25 @@ def require_unchanged(begun: Identity | None, found: Identity) -> None:
             allowed=None,
             remedy="go on with the model it was begun with",
         )
+
+
+@contextmanager
+def stops_told(output: Path) -> Iterator[None]:
+    """Let the KeyboardInterrupt that stops a run say what is kept of it: as Interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_words_to_resume(output)) from stop
+
+
+def _words_to_resume(output: Path) -> str:
+    unfinished = find_unfinished(real_path(output))
+    if unfinished is None or not unfinished.share():
+        return "stopped before any rows were on disk; nothing is kept"
+    return (
+        f"stopped with {unfinished.share():.1%} of the rows on disk in {output}; the same command "
+        "again goes on from there"
+    )
 
 
 class KeptSnapshots:
