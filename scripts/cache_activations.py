@@ -4,4 +4,5 @@ import sys
 
 from probecache.cli import main
 
-main(["extract", *sys.argv[1:]])
+sys.argv.insert(1, "extract")
+main()

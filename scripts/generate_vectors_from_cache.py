@@ -4,4 +4,5 @@ import sys
 
 from probecache.cli import main
 
-main(["train", *sys.argv[1:]])
+sys.argv.insert(1, "train")
+main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -219,3 +221,21 @@ def test_an_error_of_who_puts_drops_what_waits_and_is_the_one_that_is_raised(err
     with pytest.raises(error, match="mine"):
         finishes(run)
     assert taken == [0]  # it was on its way; the others were not
+
+
+def test_ctrl_c_on_leaving_waits_for_what_is_on_its_way_and_drops_the_rest():
+    leaving, taken = threading.Event(), []
+
+    def take(one):
+        leaving.wait(PATIENCE)
+        for _ in range(2):  # one who does not wait to press it again
+            time.sleep(0.05)  # by now the other side waits for the end
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        taken.append(one.layer)
+
+    with pytest.raises(KeyboardInterrupt), Pipe(take) as pipe:  # noqa: PT012
+        for number in range(20):
+            pipe.put(rows(number))
+        leaving.set()
+    assert taken == [0]

@@ -5,48 +5,64 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import traceback
 from typing import Any
 
 import typer
 
 from probecache.cli_commands import Stopped, app
-from probecache.errors import ProbecacheError, UsageError, printable
+from probecache.errors import ProbecacheError, UsageError, one_line, printable
+from probecache.stopping import listening
 
 __all__ = ["app", "main"]
 
-_REFUSED, _INTERRUPTED = 2, 130
-_signals: list[int] = []  # that asked this process to stop
+_REFUSED, _UNFORESEEN, _INTERRUPTED = 2, 70, 130
+_NOT_KEPT = "stopped: what was not finished is not kept"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; never returns.
 
-    Exit codes: 0 done, 2 refused or failed with one line on stderr, 130 interrupted by Ctrl-C, 143
-    by SIGTERM.
+    Exit codes: 0 done, 1 damaged (`verify`), 2 refused or failed with one line on stderr, 70 failed
+    as nobody foresaw, with a traceback, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+
+    Args:
+        arguments: None: those of the process, which ends with the command and so is deaf to both
+            signals from then on.
     """
-    signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(words, to_the_end=arguments is None))
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], *, to_the_end: bool) -> int:
+    asked: list[int] = []
     try:
-        _require_text(words)
-        code = app(words or ["--help"], prog_name="probecache", standalone_mode=False)
+        with listening(asked, to_the_end=to_the_end):
+            _require_text(words)
+            code = app(words or ["--help"], prog_name="probecache", standalone_mode=False)
     except ProbecacheError as error:
         return _refuse(str(error))
     except Stopped as stopped:
-        return _stopped(str(stopped))
+        return _stopped(str(stopped), asked)
     except OSError as error:  # a name too long, a disk that fails: nothing a module foresaw
+        if asked:  # files were closed under whoever was stopped
+            return _stopped(_NOT_KEPT, asked)
         return _refuse(
             f"expected to read or write {error.filename or 'a file'}, got: "
             f"{error.strerror or error}; check the path and the disk"
         )
+    except MemoryError as error:
+        return _refuse(
+            f"expected enough memory, got: {one_line(error)}; free some, or ask for less "
+            "of it with --memory or --batch-tokens"
+        )
     except Exception as error:
         if not hasattr(error, "format_message"):
-            raise
+            traceback.print_exc()
+            return _UNFORESEEN
         # Typer's own, of whichever package it brings its errors from.
         message = error.format_message()
         stop = "" if message.endswith((".", "?")) else "."
@@ -54,18 +70,13 @@ def _run(words: list[str]) -> int:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     if code == _INTERRUPTED:
-        return _stopped("stopped: what was not finished is not kept")
+        return _stopped(_NOT_KEPT, asked)
     return code if isinstance(code, int) else 0
 
 
-def _stop(number: int, _frame: object) -> None:
-    _signals.append(number)
-    raise KeyboardInterrupt
-
-
-def _stopped(message: str) -> int:
+def _stopped(message: str, asked: list[int]) -> int:
     print(printable(message), file=sys.stderr)
-    return 128 + (_signals[0] if _signals else signal.SIGINT)
+    return 128 + (asked[0] if asked else signal.SIGINT)
 
 
 def _refuse(message: str) -> int:

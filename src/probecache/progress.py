@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from probecache.stopping import raise_if_asked
+
 __all__ = ["Progress"]
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -33,13 +35,14 @@ class Progress:
         return self
 
     def update(self, units: int) -> None:
-        """Add finished work."""
+        """Add finished work; raises KeyboardInterrupt where the process was asked to stop."""
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
         elif not self.quiet and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
+        raise_if_asked()
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

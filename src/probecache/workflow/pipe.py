@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from probecache.stopping import raise_if_asked
+
 if TYPE_CHECKING:
     from probecache.engine import Rows
 
@@ -28,6 +30,7 @@ class Pipe:
         self._bytes = 0
         self._change = threading.Condition()
         self._error: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
     def __enter__(self) -> Pipe:
@@ -35,17 +38,24 @@ class Pipe:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._change:
-            if kind is not None:
-                self._waiting.clear()
-            self._waiting.append(None)
-            self._change.notify_all()
+        stop, drop = None, kind is not None
+        while not self._ended:
+            try:
+                self._end(drop)
+            except KeyboardInterrupt as interrupt:  # what the function uses is closed next
+                stop, drop = interrupt, True
         self._thread.join()
+        if stop is not None:
+            raise stop
         if kind is None and self._error is not None:
             raise self._error
 
     def put(self, rows: Rows) -> None:
-        """Hand rows over; waits only while too many bytes are on their way."""
+        """Hand rows over; waits only while too many bytes are on their way.
+
+        Raises KeyboardInterrupt where the process was asked to stop.
+        """
+        raise_if_asked()
         with self._change:
             self._change.wait_for(lambda: self._bytes < _MOST_BYTES or self._error is not None)
             if self._error is not None:
@@ -61,7 +71,27 @@ class Pipe:
             if self._error is not None:
                 raise self._error
 
+    def _end(self, drop: bool) -> None:
+        """Let the thread come to its end, and wait for that.
+
+        Not with `join`: one that is interrupted takes the thread for ended from then on.
+        """
+        with self._change:
+            if drop:
+                self._waiting.clear()
+            self._waiting.append(None)
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._ended)
+
     def _work(self) -> None:
+        try:
+            self._take_all()
+        finally:
+            with self._change:
+                self._ended = True
+                self._change.notify_all()
+
+    def _take_all(self) -> None:
         while (rows := self._next()) is not None:
             try:
                 self._take(rows)
