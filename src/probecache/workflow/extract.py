@@ -95,30 +95,31 @@ def extract(
         Interrupted: by a signal; says what is kept.
     """
     output = Path(output)
-    finish_complete(output)
-    existing = existing_cache(output)
-    prepared = prepare(request, identity_before(output, existing))
-    blueprint = missing(prepared.blueprint, existing)
-    planned = work_out(prepared, existing, blueprint, output)
-    _require_all(prepared.identity, prepared, existing, accept)
-    if blueprint.layers:
-        require_place(real_path(output))
-        if existing is not None:
-            require_free_layers(existing.path, blueprint)
-        require_same_run(planned, prepared, prepared.identity)
-        _require_room(planned)
-        prepared.source.check_device()
-    if announce is not None:
-        announce(planned)
-    identity = _with_weights(prepared, existing)
-    _require_all(identity, prepared, existing, accept)
-    if blueprint.layers:
-        require_same_run(planned, prepared, identity)
-        _run(prepared, planned, existing, identity, accept, finished)
-    else:
-        identity = _with_content(identity, prepared, max(prepared.layers), {})
+    with stops_told(output):
+        finish_complete(output)
+        existing = existing_cache(output)
+        prepared = prepare(request, identity_before(output, existing))
+        blueprint = missing(prepared.blueprint, existing)
+        planned = work_out(prepared, existing, blueprint, output)
+        _require_all(prepared.identity, prepared, existing, accept)
+        if blueprint.layers:
+            require_place(real_path(output))
+            if existing is not None:
+                require_free_layers(existing.path, blueprint)
+            require_same_run(planned, prepared, prepared.identity)
+            _require_room(planned)
+            prepared.source.check_device()
+        if announce is not None:
+            announce(planned)
+        identity = _with_weights(prepared, existing)
         _require_all(identity, prepared, existing, accept)
-    return open_cache(output)
+        if blueprint.layers:
+            require_same_run(planned, prepared, identity)
+            _run(prepared, planned, existing, identity, accept, finished)
+        else:
+            identity = _with_content(identity, prepared, max(prepared.layers), {})
+            _require_all(identity, prepared, existing, accept)
+        return open_cache(output)
 
 
 def _run(
@@ -136,7 +137,7 @@ def _run(
         require_same_run(planned, prepared, as_read)  # another may have begun since it was asked
         return begin(prepared, planned, as_read)
 
-    with stops_told(output), open_writer(output, blueprint, begun, info) as writer:
+    with open_writer(output, blueprint, begun, info) as writer:
         filling = Filling(writer, prepared, planned, existing, accept)
         identity = filling.fill(identity)
         reused = {*prepared.layers} - {*blueprint.layers}

@@ -18,6 +18,7 @@ from probecache.errors import Interrupted, MismatchError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
 from probecache.store.journal import Begun, find_unfinished
+from probecache.store.layout import LAYER_INFO
 from probecache.streaming import Snapshot
 from probecache.workflow.execution import EngineName, Execution
 
@@ -152,6 +153,8 @@ def stops_told(output: Path) -> Iterator[None]:
 def _words_to_resume(output: Path) -> str:
     unfinished = find_unfinished(real_path(output))
     if unfinished is None or not unfinished.share():
+        if (real_path(output) / LAYER_INFO).is_file():
+            return f"stopped; the cache at {output} is as it was"
         return "stopped before any rows were on disk; nothing is kept"
     return (
         f"stopped with {unfinished.share():.1%} of the rows on disk in {output}; the same command "
