@@ -8,13 +8,16 @@ import os
 import signal
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
 from probecache.atomic import (
     commit_folder,
     disk_errors_named,
+    flush_folder,
     free_bytes,
+    rename_free,
     sha256_of_file,
     temporary_sibling,
     write_bytes,
@@ -133,9 +136,57 @@ def test_the_systems_refusals_become_one_line_about_the_output(tmp_path, number,
         raise OSError(number, os.strerror(number))
 
 
-def test_other_system_errors_keep_their_kind(tmp_path):
-    with pytest.raises(OSError, match="Input/output"), disk_errors_named(tmp_path):
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("name", ["weights.bin", "out.json", ".other.a-b-1-x.tmp/f", "out_2/f"])
+def test_an_error_on_a_file_that_is_read_meanwhile_is_no_error_of_the_output(
+    tmp_path, number, name
+):
+    file = tmp_path / name
+    with pytest.raises(OSError, match=name) as caught, disk_errors_named(tmp_path / "out"):
+        raise OSError(number, os.strerror(number), str(file))
+    assert caught.value.errno == number
+    with pytest.raises(OSError, match="Input/output"), disk_errors_named(tmp_path / "out"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # of no file: read or written, who knows
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EFBIG, errno.EACCES])
+@pytest.mark.parametrize("name", ["out", "out/a/b", ".out.a-b-1-x.tmp/f", ".", ".."])
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_any_error_on_a_file_of_the_output_is_told_with_its_path_and_the_bytes(
+    tmp_path, monkeypatch, number, name, is_relative
+):
+    monkeypatch.chdir(tmp_path)
+    output = Path("out") if is_relative else tmp_path / "out"
+    for file in (name, str(tmp_path / name)):
+        with pytest.raises(OutputError) as caught, disk_errors_named(output, 12_345):
+            raise OSError(number, os.strerror(number), file)
+        words = [str(output), file, os.strerror(number)]
+        words += ["12,345 bytes"] if number != errno.EACCES else []
+        assert all(word in str(caught.value) for word in words)
+
+
+def test_an_error_behind_a_link_is_one_of_the_output_that_was_asked_for(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for file in ("disk/.real.a-b-1-x.tmp/f", "disk/real/f", ".out.a-b-1-x.tmp/f"):
+        error = OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / file))
+        words = f"expected to write {tmp_path / 'out'}, got: Input"
+        with pytest.raises(OutputError, match=words), disk_errors_named(tmp_path / "out"):
+            raise error
+
+
+def test_a_folder_whose_name_cannot_be_made_durable_has_its_old_one(tmp_path, monkeypatch):
+    def failing(_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with temporary_sibling(tmp_path / "final") as folder:
+        (folder / "f").write_bytes(b"x")
+        flush_folder(folder)
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            rename_free(folder, tmp_path / "final")
+        assert (folder / "f").read_bytes() == b"x"
+    assert names(tmp_path) == []
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):
@@ -149,8 +200,6 @@ def test_an_output_below_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", [".", "..", "/"])
 def test_an_output_without_a_name_is_refused(name, tmp_path, monkeypatch):
-    from pathlib import Path
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="name a folder"), temporary_sibling(Path(name)):
         pass

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -309,21 +307,6 @@ def test_a_cache_without_any_direction_is_refused(tmp_path, empty):
     cache = write_cache(tmp_path / "c", RECORDS, {n: without_direction(n) for n in (0, 7)})
     with pytest.raises(FitError, match=r"layer 7 of .*means to differ"):
         train(cache, empty / "run")
-
-
-def test_a_disk_that_fills_up_is_told_and_leaves_nothing(cache, empty, monkeypatch):
-    real, saved = torch.save, []
-
-    def save(*arguments):
-        saved.append(arguments)
-        if len(saved) == 5:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*arguments)
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OutputError, match=r"disk or quota is full .* same command again"):
-        train(cache, empty / "run")
-    assert len(saved) == 5
 
 
 def test_a_run_that_is_interrupted_leaves_nothing(cache, empty, monkeypatch):

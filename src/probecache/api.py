@@ -20,7 +20,7 @@ from probecache.api_arguments import (
     layer_numbers,
     make_request,
 )
-from probecache.atomic import real_path, require_place, temporary_sibling
+from probecache.atomic import disk_errors_named, real_path, require_place, temporary_sibling
 from probecache.dataset import IN_MEMORY, load_dataset
 from probecache.errors import LayerError, MismatchError, UsageError
 from probecache.store.reader import Cache, open_cache
@@ -425,7 +425,7 @@ def _source(
     request = make_request(
         model=str(model), data=data, layers="all" if layers is None else layers, **options
     )
-    with temporary_sibling(real_path(output)) as folder:
+    with disk_errors_named(output), temporary_sibling(real_path(output)) as folder:
         yield run(request, folder / "cache", announce, accept), "(not kept)"
 
 

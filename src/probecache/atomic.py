@@ -43,12 +43,15 @@ __all__ = [
     "temporary_sibling",
     "write_at",
     "write_bytes",
+    "write_uncommitted",
 ]
 
 _CHUNK = 1 << 22
 # What file systems without hard links answer.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def real_path(path: Path) -> Path:
@@ -147,24 +150,38 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_uncommitted(path: Path, content: bytes) -> None:
+    """Write a file of a folder that `flush_folder` puts on disk before it gets its name."""
+    with file_named(path):
+        path.write_bytes(content)
+
+
 def flush_folder(folder: Path) -> None:
     """Put every file and every name below a folder on disk."""
     for inner, _, names in os.walk(folder):
         for name in names:
-            with (Path(inner) / name).open("rb") as file:
+            path = Path(inner) / name
+            with file_named(path), path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(inner))
 
 
 def rename_free(temporary: Path, final: Path) -> bool:
-    """Rename a flushed folder to a free name, or onto an empty folder; False where it is taken."""
+    """Rename a flushed folder to a free name, or onto an empty folder; False where it is taken.
+
+    Where the new name cannot be made durable, the folder has its old one again.
+    """
     try:
         temporary.rename(final)
     except OSError as error:
         if error.errno in _TAKEN:
             return False
         raise
-    sync_folder(final.parent)
+    try:
+        sync_folder(final.parent)
+    except OSError:
+        final.rename(temporary)
+        raise
     return True
 
 
@@ -191,19 +208,18 @@ def commit_folder(temporary: Path, final: Path) -> None:
 def temporary_sibling(final: Path) -> Iterator[Path]:
     """A fresh folder beside `final`, on one file system with it; removed on exit if still there.
 
-    Those that killed processes left there are removed too.
+    Those that killed processes left there are removed too. Goes inside `disk_errors_named`.
     """
     require_place(final)
-    with disk_errors_named(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_siblings(final)
-        prefix = f".{final.name}.{'-'.join(_machine())}-{os.getpid()}-"
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=final.parent))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_siblings(final)
+    prefix = f".{final.name}.{'-'.join(_machine())}-{os.getpid()}-"
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=final.parent))
+    try:
         # mkdtemp makes it private; the result should be as readable as any folder of the user's.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-    try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -233,6 +249,9 @@ def _short(text: str) -> str:
 def disk_errors_named(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn the system's refusals to write into one clear line about `path`.
 
+    An error on another file, which is read meanwhile, passes as it is; so does one that names no
+    file, unless nothing but a write gives it: what is written stands inside `file_named`.
+
     Args:
         path: what the user asked to write.
         needed: bytes that have to fit there in all.
@@ -240,26 +259,37 @@ def disk_errors_named(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            room = "room" if needed is None else f"room for {needed:,} bytes"
+        where, size = error.filename or path, "" if needed is None else f"{needed:,} bytes"
+        if error.errno in _FULL:
             raise OutputError(
-                f"expected {room} for the output at {path}, but the disk or quota is full "
-                f"({error.strerror}, writing {where}); what was there before is untouched; free "
-                "space and run the same command again, or choose another --output"
+                f"expected room{size and f' for {size}'} for the output at {path}, but the disk or "
+                f"quota is full ({error.strerror}, writing {where}); what was there before is "
+                "untouched; free space and run the same command again, or choose another --output"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if not (_is_of(str(where), path) if error.filename else error.errno in _REFUSED):
+            raise
+        if error.errno in _REFUSED:
             raise OutputError(
                 f"expected to be able to write at {path}, got: {error.strerror} "
                 f"({where}); choose another --output"
             ) from error
-        if error.filename is not None and str(error.filename).startswith(str(path.absolute())):
-            raise OutputError(
-                f"expected to write {where}, got: {error.strerror}; what was there before is "
-                "untouched; check the disk and run the same command again, or choose another "
-                "--output"
-            ) from error
-        raise
+        raise OutputError(
+            f"expected to write {size and f'{size} to '}{path}, got: {error.strerror} (writing "
+            f"{where}); what was there before is untouched; check the disk and run the same "
+            "command again, or choose another --output"
+        ) from error
+
+
+def _is_of(file: str, path: Path) -> bool:
+    """Whether a file is the output, a part of it, a folder above it, or what is built beside it."""
+    found = Path(os.path.realpath(file))
+    for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent)) / path.name):
+        if place.is_relative_to(found) or found.is_relative_to(place):
+            return True
+        beside = found.parts[len(place.parent.parts) :]
+        if found.is_relative_to(place.parent) and beside[0].startswith(f".{place.name}."):
+            return True
+    return False
 
 
 @contextmanager

@@ -63,9 +63,10 @@ def make_validation(
         for text in generator.sample(prompts, count):
             records.append({"question": text, "type": label, "category": Path(source).stem})
     generator.shuffle(records)
-    with disk_errors_named(output):
+    content = encode_json([{"id": str(i), **r} for i, r in enumerate(records)])
+    with disk_errors_named(output, len(content)):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(output, encode_json([{"id": str(i), **r} for i, r in enumerate(records)]))
+        write_bytes(output, content)
     return len(records)
 
 

@@ -15,7 +15,16 @@ from probecache.report.html import render_page
 from probecache.report.plots import draw_figures
 from probecache.report.saved import read_validation
 
-__all__ = ["write_report"]
+__all__ = ["draw_report", "write_report"]
+
+
+def draw_report(folder: Path) -> dict[str, bytes]:
+    """What `write_report` writes, by name in the folder."""
+    validation = read_validation(folder)
+    figures = draw_figures(validation)
+    page = render_page(validation, figures)
+    contents = {f"visualizations/{name}": data for name, data in figures.items()}
+    return {**contents, "report.html": page.encode("utf-8")}
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -33,18 +42,14 @@ def write_report(folder: Path) -> list[Path]:
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    validation = read_validation(folder)
-    figures = draw_figures(validation)
-    page = render_page(validation, figures)
-    contents = {folder / "visualizations" / name: data for name, data in figures.items()}
-    contents[folder / "report.html"] = page.encode("utf-8")
+    contents = {folder / name: data for name, data in draw_report(folder).items()}
     drawings = folder / "visualizations"
     if drawings.is_symlink():
         raise OutputError(
             f"expected {drawings} to be a folder, got a link, and nothing is written through links "
             "inside a result; remove it"
         )
-    with disk_errors_named(folder):
+    with disk_errors_named(folder, sum(map(len, contents.values()))):
         drawings.mkdir(exist_ok=True)
         for path, data in contents.items():
             write_bytes(path, data)

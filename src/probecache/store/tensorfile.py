@@ -129,7 +129,8 @@ def data_offset(file: BinaryIO) -> int:
     """Where the tensor's bytes begin in a `.pt` that torch.save wrote to a file object."""
     with zipfile.ZipFile(file) as archive:
         start = archive.getinfo(_DATA_RECORD).header_offset
-    header = os.pread(file.fileno(), 30, start)
+    file.seek(start)
+    header = file.read(30)
     name_length, extra_length = struct.unpack_from("<HH", header, 26)
     return int(start + 30 + name_length + extra_length)
 

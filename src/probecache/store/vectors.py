@@ -28,11 +28,12 @@ from probecache.atomic import (
     rename_free,
     sha256_of_file,
     temporary_sibling,
+    write_uncommitted,
 )
 from probecache.errors import StoreError
 from probecache.store.layout import ONLY_CONVENTION
 from probecache.store.reader import WIDEST, read_manifest
-from probecache.store.seal import NO_SEAL, record_files, seal_json
+from probecache.store.seal import NO_SEAL, seal_json
 from probecache.store.tensorfile import FileRecord, data_offset, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 
@@ -185,14 +186,12 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
         The run's folder.
     """
     output = Path(output)
-    with disk_errors_named(output), temporary_sibling(output) as folder:
-        for name, normalized in (("vectors", False), ("normalized_vectors", True)):
-            _save_vectors(folder / name, layers, about, normalized)
-        info = read_manifest(folder / "normalized_vectors" / _MANIFEST, VectorsInfo)
-        summary = info.model_dump(mode="json", exclude=_OF_A_FOLDER)
-        about_run = {"format": "probecache-run", "format_version": 1, **summary}
-        files = record_files(folder, but="run.json")
-        (folder / "run.json").write_bytes(seal_json({**about_run, "files": files}))
+    contents = _contents(layers, about)
+    needed = sum(map(len, contents.values()))
+    with disk_errors_named(output, needed), temporary_sibling(output) as folder:
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_uncommitted(folder / name, content)
         flush_folder(folder)
         while True:
             final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
@@ -201,38 +200,53 @@ def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict
             time.sleep(0.1)  # two runs within one second get two names
 
 
-def _save_vectors(
-    folder: Path, layers: Mapping[int, TrainedLayer], about: dict[str, Any], normalized: bool
-) -> None:
-    folder.mkdir()
-    records = {}
+def _contents(layers: Mapping[int, TrainedLayer], about: dict[str, Any]) -> dict[str, bytes]:
+    """Every file of a run by its name in it, and its bytes."""
+    raw, _ = _vectors_files("vectors", layers, about, normalized=False)
+    unit, info = _vectors_files("normalized_vectors", layers, about, normalized=True)
+    contents = {**raw, **unit}
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in sorted(contents.items())
+    }
+    summary = info.model_dump(mode="json", exclude=_OF_A_FOLDER)
+    run = {"format": "probecache-run", "format_version": 1, **summary, "files": files}
+    return {**contents, "run.json": seal_json(run)}
+
+
+def _vectors_files(
+    folder: str, layers: Mapping[int, TrainedLayer], about: dict[str, Any], *, normalized: bool
+) -> tuple[dict[str, bytes], VectorsInfo]:
+    """The files of `vectors/` or `normalized_vectors/`, and what its manifest says."""
+    contents, records = {}, {}
     for layer, trained in sorted(layers.items()):
         scale = 1.0 if normalized else trained.raw_norm
         direction = (trained.direction.astype(np.float64) * scale).astype(np.float32)
+        content, record = _encode(direction)
+        contents[f"{folder}/layer_{layer}.pt"] = content
         records[layer] = LayerRecord(
             raw_norm=trained.raw_norm,
             threshold=trained.threshold * scale,
             typical_norm=trained.typical_norm,
             n_positive=trained.n_positive,
             n_negative=trained.n_negative,
-            file=_save_tensor(folder / f"layer_{layer}.pt", direction),
+            file=record,
         )
     info = VectorsInfo.model_validate({**about, "normalized": normalized, "layers": records})
-    (folder / _MANIFEST).write_bytes(seal_json(info.model_dump(mode="json")))
+    contents[f"{folder}/{_MANIFEST}"] = seal_json(info.model_dump(mode="json"))
+    return contents, info
 
 
-def _save_tensor(path: Path, vector: np.ndarray) -> FileRecord:
+def _encode(vector: np.ndarray) -> tuple[bytes, FileRecord]:
+    """A vector's `.pt` and what is recorded of it."""
     import torch
 
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(vector), buffer)
     content = buffer.getvalue()
-    path.write_bytes(content)
-    with path.open("rb") as file:
-        offset = data_offset(file)
-    return FileRecord(
+    return content, FileRecord(
         bytes=len(content),
-        offset=offset,
+        offset=data_offset(buffer),
         shape=vector.shape,
         dtype="float32",
         sha256=hashlib.sha256(content).hexdigest(),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probecache.atomic import commit_folder, real_path, temporary_sibling
+from probecache.atomic import commit_folder, disk_errors_named, real_path, temporary_sibling
 from probecache.dataset import Dataset, load_dataset
 from probecache.errors import LayerError, MismatchError, NonFiniteError, OutputError, UsageError
 from probecache.progress import Progress
@@ -137,7 +137,9 @@ def import_cache(
     planned = _plan(request)
     if announce is not None:
         announce(planned)
-    with temporary_sibling(place) as folder:
+    blueprint = planned.blueprint
+    needed = blueprint.bytes_per_layer * len(blueprint.layers)
+    with disk_errors_named(Path(new), needed), temporary_sibling(place) as folder:
         _write(planned, folder / "cache")
         commit_folder(folder / "cache", place)
     return open_cache(Path(new))

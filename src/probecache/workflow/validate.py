@@ -24,6 +24,7 @@ from probecache.atomic import (
     real_path,
     require_place,
     temporary_sibling,
+    write_uncommitted,
 )
 from probecache.errors import MismatchError, NonFiniteError, OutputError, UsageError
 from probecache.foreign import csv_cell, read_json
@@ -122,7 +123,6 @@ def validate(
     """
     output = Path(output)
     require_output(output)
-    place = real_path(output)
     chosen = choose_layers(vectors, layers)
     for layer in chosen:
         cache.require_layer(layer)
@@ -135,31 +135,21 @@ def validate(
     is_positive = np.array(
         [record.label == vectors.info.positive_class for record in cache.examples]
     )
-    with disk_errors_named(output), temporary_sibling(place) as folder:
-        results = []
-        for layer in chosen:
-            stats = _score(cache, vectors, layer)
-            results.append(_judge(layer, stats, vectors, is_positive))
-            (folder / f"probe_stats_layer{layer}.csv").write_bytes(_stats_csv(cache, stats))
-        best = max(results, key=lambda result: result.auroc.auroc)
-        warnings = [
-            *(f"Scored across a difference in {one}." for one in allowed),
-            *_warnings(results, best, vectors, cache),
-        ]
-        rows = [_summary_row(result, is_positive) for result in results]
-        about = _about(cache, vectors, dataset, source)
-        found = {"allowed_mismatch": allowed, "warnings": warnings, "layers": rows}
-        summary = {**about, "best_layer": best.layer, **found}
-        (folder / "summary.json").write_bytes(encode_json(summary))
-        (folder / "summary.csv").write_bytes(_csv(list(rows[0]), [row.values() for row in rows]))
-        if visualize:
-            from probecache.report import write_report
-
-            write_report(folder)
-        # Last, because it records every other file.
-        sealed = seal_json({**summary, "files": record_files(folder, but="summary.json")})
-        (folder / "summary.json").write_bytes(sealed)
-        _replace(folder, place)
+    stats = {layer: _score(cache, vectors, layer) for layer in chosen}
+    results = [_judge(layer, found, vectors, is_positive) for layer, found in stats.items()]
+    best = max(results, key=lambda result: result.auroc.auroc)
+    warnings = [
+        *(f"Scored across a difference in {one}." for one in allowed),
+        *_warnings(results, best, vectors, cache),
+    ]
+    summary = {
+        **_about(cache, vectors, dataset, source),
+        "best_layer": best.layer,
+        "allowed_mismatch": allowed,
+        "warnings": warnings,
+        "layers": [_summary_row(result, is_positive) for result in results],
+    }
+    _save(output, cache, stats, summary, visualize=visualize)
     files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     positive = vectors.info.positive_class
     return Validation(output, tuple(results), best, tuple(warnings), positive, files)
@@ -367,6 +357,45 @@ def _warnings(
 
 
 # ---------------------------------------------------------------- files
+
+
+def _save(
+    output: Path,
+    cache: Cache,
+    stats: dict[int, dict[str, np.ndarray]],
+    summary: dict[str, Any],
+    *,
+    visualize: bool,
+) -> None:
+    place, rows = real_path(output), summary["layers"]
+    files = {
+        "summary.json": encode_json(summary),
+        "summary.csv": _csv(list(rows[0]), [row.values() for row in rows]),
+    }
+    # Not all tables at once: they repeat every text. All layers' are about as long.
+    tables = len(stats) * len(_stats_csv(cache, stats[summary["best_layer"]]))
+    needed = tables + sum(map(len, files.values()))
+    with disk_errors_named(output, needed), temporary_sibling(place) as folder:
+        for layer, found in stats.items():
+            path = folder / f"probe_stats_layer{layer}.csv"
+            write_uncommitted(path, _stats_csv(cache, found))
+        for name, content in files.items():
+            write_uncommitted(folder / name, content)
+        report = _draw(folder) if visualize else {}
+        with disk_errors_named(output, needed + sum(map(len, report.values()))):
+            for name, content in report.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                write_uncommitted(folder / name, content)
+            # Last, because it records every other file.
+            sealed = seal_json({**summary, "files": record_files(folder, but="summary.json")})
+            write_uncommitted(folder / "summary.json", sealed)
+            _replace(folder, place)
+
+
+def _draw(folder: Path) -> dict[str, bytes]:
+    from probecache.report import draw_report
+
+    return draw_report(folder)
 
 
 def _about(
