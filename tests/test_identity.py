@@ -10,6 +10,7 @@ from synthetic import IDENTITY
 from probecache.errors import MismatchError, UsageError
 from probecache.identity import EXTENDING, SCORING, merged_weights, require_same
 from probecache.types import Identity
+from probecache.unrecorded import unrecorded
 
 HERE = replace(
     IDENTITY,
@@ -93,6 +94,26 @@ def test_another_date_is_refused_with_the_option_that_mends_it():
     tuesday = replace(HERE, template_date="2026-11-24")
     with pytest.raises(MismatchError, match=r"--template-date 2026-11-23\)"):
         require_same(monday, tuesday, SCORING, what="")
+
+
+def test_a_date_that_is_not_recorded_is_no_remedy():
+    imported = replace(HERE, template_date=unrecorded("a" * 64))
+    with pytest.raises(MismatchError, match="template_date: expected 'not recorded") as caught:
+        require_same(imported, HERE, SCORING, what="")
+    assert "--template-date" not in str(caught.value)
+    assert "--allow-mismatch template_date" in str(caught.value)
+
+
+def test_weights_that_are_not_recorded_differ_from_any_that_are_still_to_be_read():
+    note = unrecorded("a" * 64)
+    imported = replace(HERE, weights={10: note, 20: note}, weight_samples={})
+    words = r"weights: expected \{20: 'not recorded: .*'\}, got 'not read yet'.*--allow-mismatch we"
+    for samples in ({}, HERE.weight_samples):
+        to_read = replace(HERE, weights={}, weight_samples=samples)
+        with pytest.raises(MismatchError, match=words):
+            require_same(imported, to_read, SCORING, what="", layers=[20])
+        assert require_same(imported, to_read, SCORING, what="", layers=[5]) == []
+    assert require_same(imported, imported, EXTENDING, what="") == []
 
 
 def test_a_layer_keeps_the_name_of_the_weights_that_made_it():

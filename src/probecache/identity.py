@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from probecache.errors import MismatchError, UsageError
 from probecache.types import Identity, Positions
+from probecache.unrecorded import is_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -108,8 +109,9 @@ def _remedy(
     remedy: str,
     expected: Identity,
 ) -> str:
-    if "template_date" in refused and expected.template_date:
-        remedy += f" (--template-date {expected.template_date})"
+    date = expected.template_date
+    if "template_date" in refused and date and is_recorded(date):
+        remedy += f" (--template-date {date})"
     fast = [f"{name} cannot be allowed: {never[name]}" for name in offered if name in never]
     flags = " ".join(f"--allow-mismatch {name}" for name in offered if name not in never)
     allow = [f"or, if you know that it does not matter, allow it with {flags}"] if flags else []
@@ -137,8 +139,14 @@ def _values(
     a, b = getattr(expected, name), getattr(found, name)
     if name == "weights":
         differing = _differing(a, b, layers)
-        samples = expected.weight_samples, found.weight_samples
-        return differing if differing[0] else _differing(*samples, layers)
+        if differing[0]:
+            return differing
+        unknown = {k: v for k, v in a.items() if not is_recorded(v) and k not in b}
+        if layers is not None:
+            unknown = {k: v for k, v in unknown.items() if k in layers}
+        if unknown:  # nothing that will be read can equal it
+            return unknown, "not read yet"
+        return _differing(expected.weight_samples, found.weight_samples, layers)
     one_token = {Positions.LAST, Positions.ANSWER} & {expected.positions, found.positions}
     if name == "special_tokens_kept" and expected.positions != found.positions and one_token:
         return None, None  # it says something of `all` and `mean` alone
