@@ -207,6 +207,8 @@ def test_test_and_deploy_are_read_as_the_guide_classes_where_no_other_class_is()
         (PAIR | {"group": ["g"]}, ["group", "a list"]),
         (PAIR | {"test": "a", "deploy": "b"}, ["got all four"]),
         (PAIR | {"id": 10**5000}, ["id", "a int"]),
+        (PAIR | {"type": "test"}, ["a pair", "without a label, got type", "remove it"]),
+        (PAIR | {"label": 0}, ["without a label, got label"]),
     ],
 )
 def test_a_refusal_names_the_row_of_a_pair_file(tmp_path, record, words):
@@ -225,6 +227,8 @@ def test_a_refusal_names_the_row_of_a_pair_file(tmp_path, record, words):
         (TEST | {"type": "  "}, ["type", "nothing but white space"]),
         (TEST | {"type": 0.5}, ["type to be text, got a float"]),
         (TEST | {"type": None}, ["type to be text, got nothing"]),
+        (TEST | {"type": "test "}, ["type without white space around it, got 'test '"]),
+        (TEST | {"type": "\ttest"}, ["white space around it"]),
         (TEST | {"type": 10**5000}, ["type to be text, got a int"]),
         ({"messages": [], "type": "test"}, ["a list of turns"]),
         ({"messages": "hi", "type": "test"}, ["a list of turns, got text"]),
@@ -242,6 +246,57 @@ def test_a_refusal_names_the_row_of_a_labelled_file(record, words):
     assert "row 2" in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (("test", "deploy", "Test"), ["'test' in row 1", "'Test' in row 3"]),
+        (("x", "STRASSE", "straße"), ["'STRASSE' in row 2", "'straße' in row 3"]),
+        ((True, False, "true"), ["'True' in row 1", "'true' in row 3"]),
+    ],
+)
+def test_labels_that_differ_in_case_alone_are_refused_with_both_rows(labels, words):
+    message = refusal([{"text": "q", "type": label} for label in labels])
+    for word in [*words, "more than their case"]:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([TEST | {"id": "a"}, DEPLOY, TEST | {"id": "a"}], ["'a' in row 1 and in row 3"]),
+        ([TEST | {"id": 1}, TEST | {"id": "1"}, DEPLOY], ["'1' in row 1 and in row 2"]),
+        ([TEST | {"id": "1"}, TEST, DEPLOY], ["'1' in row 1 and in row 2", "numbered from 0"]),
+        ([PAIR | {"id": "p"}, PAIR, PAIR | {"id": "p"}], ["'p' in row 1 and in row 3"]),
+    ],
+)
+def test_an_id_twice_in_one_class_is_refused_with_both_rows(records, words):
+    message = refusal(records)
+    for word in words:
+        assert word in message
+
+
+def test_one_id_may_stand_in_each_class():
+    found = load_dataset([TEST | {"id": "a"}, DEPLOY | {"id": "a"}]).examples
+    assert [example.group for example in found] == ["a", "a"]
+
+
+def test_a_pair_with_an_empty_label_has_none(tmp_path):
+    assert load_dataset([PAIR | {"type": None}]).paired
+    path = write(tmp_path, "question,positive,negative,type\nq,a,b,\n", "d.csv")
+    assert load_dataset(path).paired
+
+
+def test_a_refusal_of_a_csv_names_the_line_too(tmp_path):
+    """Empty lines and line ends within a cell part rows from lines."""
+    head = 'question,type\n\n"two\nlines",test\n\n\n'
+    for bad, words in [
+        (",deploy\n", "row 2 (line 7): expected a pair"),
+        ("p\n", "row 2 (line 7): expected 2 columns"),
+        ('"p"x,deploy\n', "row 2 (line 7): expected valid CSV"),
+    ]:
+        assert words in refusal(write(tmp_path, head + bad, "d.csv"))
 
 
 def test_invalid_utf8_is_refused_with_its_line_and_byte(tmp_path):

@@ -6,7 +6,8 @@ Reads .json (an array), .jsonl and .csv, holding records of one of two forms:
     labelled  {"question" | "text" | "prompt" | "messages", "type" | "label"}
 
 Guarantee: every record becomes examples (a pair two, the testing side first) in file order, or the
-whole file is refused with the row that is at fault. Nothing is dropped, repaired or guessed.
+whole file is refused with the row that is at fault. Nothing is dropped, repaired or guessed; fields
+of other names are not read.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
         DataError: the file or one of its rows is not as the module's docstring says.
     """
     if not isinstance(data, (str, Path)):
-        return parse_records(enumerate(data, start=1), source=IN_MEMORY)
+        return parse_records(_numbered(data), source=IN_MEMORY)
     path = Path(data)
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
@@ -110,8 +111,12 @@ def load_dataset(data: str | Path | Sequence[Mapping[str, Any]]) -> Dataset:
         return parse_records(readers[path.suffix.lower()](text, path), source=str(path))
 
 
-def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
-    """Turn numbered records into examples; all of one form, of at least two classes.
+def parse_records(rows: Iterable[tuple[int, str, Any]], source: str) -> Dataset:
+    """Turn records into examples; all of one form, of at least two classes.
+
+    Args:
+        rows: number of each record, where it stands in words, and the record.
+        source: where they come from, for messages.
 
     Raises:
         DataError: names `source` and the row.
@@ -119,8 +124,8 @@ def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
     examples: list[Example] = []
     form: str | None = None
     first_row = 0
-    for index, (row, record) in enumerate(rows):
-        where = f"{source}, row {row}"
+    for index, (row, place, record) in enumerate(rows):
+        where = f"{source}, {place}"
         this_form = _form_of(record, where)
         if form is None:
             form, first_row = this_form, row
@@ -135,7 +140,12 @@ def parse_records(rows: Iterable[tuple[int, Any]], source: str) -> Dataset:
         raise DataError(f"{source}: expected at least one record, got none")
     dataset = Dataset(source, tuple(_with_class_names(examples)), paired=form == "pair")
     _check_classes(dataset)
+    _check_ids(dataset)
     return dataset
+
+
+def _numbered(records: Iterable[Any]) -> Iterator[tuple[int, str, Any]]:
+    return ((row, f"row {row}", record) for row, record in enumerate(records, start=1))
 
 
 # ---------------------------------------------------------------- files to records
@@ -163,7 +173,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _read_json(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+def _read_json(text: str, path: Path) -> Iterable[tuple[int, str, Any]]:
     if not text.lstrip(" \t\r\n").startswith("["):
         with _valid_json(str(path)):
             record = parse_json(text)
@@ -171,7 +181,7 @@ def _read_json(text: str, path: Path) -> Iterable[tuple[int, Any]]:
             f"{path}: expected a JSON array of records, got {_kind(record)}; "
             "for one record per line name the file .jsonl"
         )
-    return enumerate(_array_items(text, path), start=1)
+    return _numbered(_array_items(text, path))
 
 
 def _array_items(text: str, path: Path) -> Iterator[Any]:
@@ -186,7 +196,7 @@ def _array_items(text: str, path: Path) -> Iterator[Any]:
         row += 1
 
 
-def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, str, Any]]:
     # Not splitlines(): it would also cut at U+2028 and others that JSON strings may hold. And not
     # split(): of a file of nothing but line ends it would make eight times its size.
     row, start = 1, 0
@@ -197,7 +207,7 @@ def _read_jsonl(text: str, path: Path) -> Iterable[tuple[int, Any]]:
         stop = len(text) if stop < 0 else stop
         with _valid_json(f"{path}, row {row}"):
             record = parse_json(text[start:stop])
-        yield row, record
+        yield row, f"row {row}", record
         row, start = row + 1, stop + 1
 
 
@@ -219,7 +229,7 @@ def unlimited_csv_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
+def _read_csv(text: str, path: Path) -> Iterable[tuple[int, str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     row = 0
     try:
@@ -227,15 +237,17 @@ def _read_csv(text: str, path: Path) -> Iterable[tuple[int, Any]]:
         if len(set(columns)) < len(columns):
             raise DataError(f"{path}: expected different columns, got {', '.join(columns)[:200]}")
         for row, record in enumerate(reader, start=1):
+            place = f"row {row} (line {reader.line_num})"  # empty lines are no rows
             if None in record or None in record.values():
                 raise DataError(
-                    f"{path}, row {row}: expected {len(columns)} columns as in the "
+                    f"{path}, {place}: expected {len(columns)} columns as in the "
                     "header, got another number; quote fields that hold commas"
                 )
             # An empty cell is an absent field: columns are shared by all rows.
-            yield row, {key: value for key, value in record.items() if value != ""}
+            yield row, place, {key: value for key, value in record.items() if value != ""}
     except csv.Error as error:
-        raise DataError(f"{path}, row {row + 1}: expected valid CSV, got: {error}") from error
+        place = f"row {row + 1} (line {reader.reader.line_num})"
+        raise DataError(f"{path}, {place}: expected valid CSV, got: {error}") from error
 
 
 # ---------------------------------------------------------------- records to examples
@@ -250,6 +262,11 @@ def _form_of(record: Any, where: str) -> str:
             f"{where}: expected either positive and negative or test and deploy, got all four"
         )
     if pairs and "question" in record:
+        if labels := [name for name in _LABEL_FIELDS if record.get(name) is not None]:
+            raise DataError(
+                f"{where}: expected a pair, whose answers are its two classes, without a label, "
+                f"got {labels[0]}; remove it, or make each answer a labelled record"
+            )
         return "pair"
     if not (record.keys().isdisjoint(_TEXT_FIELDS) or record.keys().isdisjoint(_LABEL_FIELDS)):
         return "labelled"
@@ -332,7 +349,12 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _label(value: Any, name: str, where: str) -> str:
-    return _text({name: _digits(value)}, name, where)
+    label = _text({name: _digits(value)}, name, where)
+    if label != label.strip():
+        raise DataError(
+            f"{where}: expected {name} without white space around it, got {label!r}; remove it"
+        )
+    return label
 
 
 def _optional(record: Mapping[str, Any], name: str, where: str) -> str | None:
@@ -387,3 +409,25 @@ def _check_classes(dataset: Dataset) -> None:
             f"{dataset.labels[0]!r} ({len(dataset)} examples), so the other class has no examples; "
             "add some"
         )
+    spelt: dict[str, Example] = {}
+    for example in dataset.examples:
+        other = spelt.setdefault(example.label.casefold(), example)
+        if other.label != example.label:
+            raise DataError(
+                f"{dataset.source}: expected labels that differ in more than their case, got "
+                f"{other.label!r} in row {other.row} and {example.label!r} in row {example.row}; "
+                "spell a class in one way"
+            )
+
+
+def _check_ids(dataset: Dataset) -> None:
+    """Scores are told by class and id, so these must tell any two examples apart."""
+    seen: dict[tuple[str, str], Example] = {}
+    for example in dataset.examples:
+        other = seen.setdefault((example.label, example.id), example)
+        if other is not example:
+            raise DataError(
+                f"{dataset.source}: expected every id once in a class, got {example.id!r} in row "
+                f"{other.row} and in row {example.row}; rows without an id are numbered from 0; "
+                "use group for examples that belong together"
+            )
