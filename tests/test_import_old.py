@@ -266,10 +266,11 @@ def test_whatever_is_missing_is_asked_for_alone(tmp_path, name):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_empty_name_is_none(tmp_path):
+@pytest.mark.parametrize("name", ["", " ", "\t\n"])
+def test_an_empty_name_is_none(tmp_path, name):
     stacked(tmp_path / "old")
     with pytest.raises(UsageError, match="no --model "):
-        probecache.import_cache(tmp_path / "old", tmp_path / "new", **(TOLD | {"model": ""}))
+        probecache.import_cache(tmp_path / "old", tmp_path / "new", **(TOLD | {"model": name}))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +280,13 @@ def test_an_empty_name_is_none(tmp_path):
         (stacked, {"special_tokens": "kept"}, "leave it out"),
         (stacked, {"positions": "all", "special_tokens": "kept"}, "last or mean"),
         (stacked, {"positions": "answer"}, "last or mean"),
-        (stacked, {"positions": "first"}, "expected positions to be"),
-        (stacked, {"layer_convention": "output"}, "residual, hidden_states, block"),
-        (stacked, {"positions": "mean", "special_tokens": "some"}, "kept, left-out"),
+        (stacked, {"positions": "first"}, "expected --positions to be last"),
+        (stacked, {"layer_convention": "foo"}, "expected --layer-convention to be residual, hid"),
+        (
+            stacked,
+            {"positions": "mean", "special_tokens": "x"},
+            "expected --special-tokens to be k",
+        ),
         (stacked, {"num_hidden_layers": 0}, "from 1 to"),
         (stacked, {"num_hidden_layers": 10**9}, "from 1 to"),
         (per_example, {"positions": "all"}, "no --special-tokens"),
@@ -368,7 +373,7 @@ def test_tokens_of_pairs_go_to_their_answers(tmp_path):
     ("records", "word"),
     [
         (RECORDS[:-1], "12 examples of class 'testing'"),
-        ([*RECORDS, RECORDS[0]], "got 12"),
+        ([*RECORDS, RECORDS[0] | {"id": "more"}], "got 12"),
         (
             [record | {"type": "other"} for record in RECORDS[::2]] + RECORDS[1::2],
             "one name for each of the classes",
@@ -561,6 +566,27 @@ def test_a_model_is_not_run_with_a_system_prompt_that_nobody_knows(tmp_path):
         )
     ]
     np.testing.assert_array_equal(results[0].layers[0].scores, results[1].layers[0].scores)
+
+
+def test_a_model_is_refused_before_it_is_read_with_every_field_that_has_to_be_allowed(
+    trained, tmp_path
+):
+    def begun(_):
+        raise AssertionError("the run has begun")
+
+    vectors, _, _ = trained
+    with pytest.raises(MismatchError) as refusal:
+        probecache.validate(
+            vectors=vectors,
+            model=MODEL,
+            data=labelled("testing", "deployment"),
+            output=tmp_path / "out",
+            allow_mismatch=["num_hidden_layers", "hidden_size"],
+            announce=begun,
+        )
+    for name in ("weights", "architecture", "tokenizer", "template_date", "system_prompt"):
+        assert f"{name}: expected" in str(refusal.value)
+    assert "--template-date" not in str(refusal.value)
 
 
 def test_info_tells_what_is_known_and_what_is_not(trained):

@@ -196,10 +196,10 @@ def import_cache(
     request = module.ImportRequest(
         old=Path(old),
         model=model,
-        layer_convention=choice(module.LayerConvention, layer_convention, "layer_convention"),
+        layer_convention=choice(module.LayerConvention, layer_convention, "--layer-convention"),
         num_hidden_layers=num_hidden_layers,
-        positions=choice(Positions, positions, "positions"),
-        special_tokens=choice(module.SpecialTokens, special_tokens, "special_tokens"),
+        positions=choice(Positions, positions, "--positions"),
+        special_tokens=choice(module.SpecialTokens, special_tokens, "--special-tokens"),
         data=data,
         allow_nonfinite=allow_nonfinite,
         quiet=quiet,

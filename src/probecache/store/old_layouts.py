@@ -5,8 +5,8 @@ Two layouts, each with its layers and classes in either order, at every layer th
     layer_10/test_activations.pt   [examples, hidden] or [examples, 1, hidden], or a list of
                                    [hidden]; also layer_10/test.pt, test/layer_10.pt,
                                    layer_10_test.pt, test_activations_layer10.pt
-    layer_10/test/0.pt, 1.pt ...   [1, tokens, hidden], one file per example; also
-                                   test/layer_10/0.pt
+    layer_10/test/0.pt, 1.pt ...   [1, tokens, hidden] or [tokens, hidden], or a list of one of
+                                   them: one file per example; also test/layer_10/0.pt
 
 Guarantee: every tensor file has its place, or the cache is refused with a list of those that have
 none; numbers count as numbers (9 before 10) and without a gap. Nothing in the folder is changed.
@@ -310,7 +310,7 @@ def _pieces(old: OldCache, file: str) -> list[torch.Tensor]:
     content = load_old(path)
     tensors = content if isinstance(content, list) else [content]
     if old.per_example:
-        wanted = "[1, tokens, hidden]"
+        wanted = "[1, tokens, hidden] or [tokens, hidden]"
         whole = [one[0] if one.ndim == 3 and len(one) == 1 else one for one in tensors]
         pieces = [one for one in whole if one.ndim == 2 and len(tensors) == 1]
     elif isinstance(content, list):

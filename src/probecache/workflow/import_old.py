@@ -203,7 +203,7 @@ def _require_told(request: ImportRequest, old: OldCache) -> None:
             f"expected --special-tokens with positions mean or all alone, got it with "
             f"{request.positions}, which is a token of its own; leave it out"
         )
-    missing = [name for name, value in told.items() if value in (None, "")]
+    missing = [name for name, value in told.items() if value is None or not str(value).strip()]
     if missing:
         raise UsageError(
             f"expected to be told what an old cache does not record, got no "
