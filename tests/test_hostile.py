@@ -321,7 +321,7 @@ def test_a_hostile_chat_template_is_refused(tmp_path, name, in_time):
 
 # ---------------------------------------------------------------- nothing is written elsewhere
 
-NAMES = ["../../x", "/abs", "..", ".", "a\0b", "x" * 300, "CON", "dot.", "space ", "~", "$HOME"]
+NAMES = ["../../x", "/abs", "..", ".", "a\0b", "x" * 300, "CON", "dot.", "two words", "~", "$HOME"]
 NAMES += ["a\\..\\b", "\x1b[2J", "\u202ex", "-rf", "测", "probe_stats_layer0.csv", "report.html"]
 
 

@@ -241,6 +241,8 @@ def records(draw):
     found = draw(st.lists(one, min_size=1, max_size=4))
     if "label" in names:
         found += [{**found[0], "label": label} for label in ("a", "b")]
+    if "id" in names:  # each its own
+        found = [{**one, "id": f"{one['id']}-{number}"} for number, one in enumerate(found)]
     return found
 
 

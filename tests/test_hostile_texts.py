@@ -151,7 +151,7 @@ def only_lines(text):
 @pytest.fixture
 def evil(tmp_path):
     """A cache and a run whose every text commands a terminal."""
-    labels = [f"one{COMMANDS}", f"two{COMMANDS}"] * 5
+    labels = [f"one{COMMANDS}.", f"two{COMMANDS}."] * 5
     rows = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(1))
     names = {"model": f"m{COMMANDS}", "revision": COMMANDS, "system_prompt": COMMANDS}
     names |= {"architecture": COMMANDS, "adapter": COMMANDS, "versions": {COMMANDS: COMMANDS}}
