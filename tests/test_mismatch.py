@@ -396,7 +396,8 @@ def test_a_streamed_run_does_not_go_on_with_other_weights_than_it_was_stopped_wi
 
     with monkeypatch.context() as patched:
         patched.setattr(ModelSource, "build_block", stopped)
-        with pytest.raises(Interrupted, match=r"66\.7% of the rows"):
+        # Of three layers two were computed; a part of the second may still be on its way.
+        with pytest.raises(Interrupted, match=r"stopped with ([345]\d|6[0-6])\.\d% of the rows"):
             extracted(folder, tmp_path / "cache", **options)
     change_one_weight(folder)
     with pytest.raises(MismatchError, match=r"weights: expected \{1: content .*got \{1: content"):
