@@ -159,6 +159,8 @@ class Weights:
     def require(self, blocks: range, shapes: Mapping[str, Sequence[int]], sized: bool) -> None:
         """Refuse a checkpoint that cannot fill these blocks and what stands outside of all.
 
+        A file that is missing is named by whoever opens it: of blocks that do not run it may be.
+
         Args:
             blocks: the blocks.
             shapes: of each weight of the model that the config describes.
@@ -174,7 +176,11 @@ class Weights:
                     f"expected block {block} in the weights in {self.folder}, as its config counts "
                     f"{len(filled)} from 0 on, got nothing of it; download the model again"
                 )
-        for tensor in self.needed(blocks) if sized else ():
+        there = {
+            file for file in self.shards.values() if self.hub or (self.folder / file).is_file()
+        }
+        names = [name for name in self._names(blocks) if self.shards[name] in there]
+        for tensor in map(self._stored, names if sized else ()):
             shape = tuple(shapes.get(self.naming.unwrapped(tensor.name), tensor.shape))
             if tensor.count != math.prod(shape):  # some are turned round while they are loaded
                 raise ModelError(
