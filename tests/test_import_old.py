@@ -123,6 +123,18 @@ def test_an_imported_cache_is_whole(tmp_path, capsys):
     assert code == 0, out
 
 
+def test_a_damaged_import_is_not_repaired_by_a_model_that_nobody_knows(tmp_path, capsys):
+    stacked(tmp_path / "old")
+    cache = probecache.import_cache(tmp_path / "old", tmp_path / "new", **TOLD)
+    file = cache.path / "layer_10" / "test_activations.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    before = content_of(cache.path)
+    code, _, said = command(capsys, "verify", cache.path, "--repair")
+    assert code == 2
+    assert "was imported: nothing tells what its rows were made with; import the old" in said
+    assert content_of(cache.path) == before
+
+
 def test_the_same_import_gives_the_same_bytes(tmp_path):
     stacked(tmp_path / "old")
     for name in ("one", "other"):

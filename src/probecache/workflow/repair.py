@@ -39,6 +39,7 @@ from probecache.store.reader import read_manifest
 from probecache.store.tensorfile import encode_tokens
 from probecache.store.verify import Report, damaged_examples, verify
 from probecache.store.writer import CacheWriter, open_writer
+from probecache.unrecorded import is_imported
 from probecache.workflow.extract import Filling, Took, kept_tokens
 from probecache.workflow.prepare import Plan, Preparation, prepare, work_out
 from probecache.workflow.resume import begin, stops_told
@@ -75,7 +76,8 @@ def repair(
         finished: told what extracting took.
 
     Raises:
-        StoreError: the manifest is damaged, which says what everything else should be.
+        StoreError: the manifest is damaged, which says what everything else should be; or the cache
+            was imported.
         MismatchError: model, data or options are not those of the cache.
     """
     finish_complete(path)
@@ -89,6 +91,12 @@ def repair(
             f"{before.damages[0].file} is {before.damages[0].what}; copy it again, or make it anew"
         )
     info = read_manifest(path / LAYER_INFO, LayerInfo)
+    if is_imported(info.identity):
+        raise StoreError(
+            f"expected a cache that was extracted to repair, got {path}, which was imported: "
+            "nothing tells what its rows were made with; import the old cache again, or copy this "
+            "one again"
+        )
     prepared = prepare(request_of(info), info.identity)
     _require_cache(path, info, prepared.identity, ())
     with claimed_place(path):
