@@ -140,3 +140,16 @@ def rows_of(cache: Cache, label: str, layer: int) -> torch.Tensor:
     prefix = cache.info.classes[label].prefix
     path = cache.path / f"layer_{layer}" / f"{prefix}_activations.pt"
     return torch.load(path, weights_only=True)
+
+
+def stop_at_write(monkeypatch, number):
+    """Ctrl-C before the rows of a write are taken, counted from 1."""
+    write, calls = CacheWriter.write, []
+
+    def stopped(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write", stopped)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import shutil
 
 import pytest
 from families import FAMILIES, RECORDS, build
+from synthetic import stop_at_write
 
 import probecache
 from probecache.cli import main
@@ -140,15 +140,7 @@ def test_another_model_or_data_repairs_nothing(cache, folders, data, tmp_path, w
 def test_an_interrupted_repair_says_so_and_goes_on(cache, original, monkeypatch, capsys):
     shutil.rmtree(cache / "layer_1")
     shutil.rmtree(cache / "layer_3")
-    write, calls = CacheWriter.write, []
-
-    def stopped(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        write(self, *arguments)
-
-    monkeypatch.setattr(CacheWriter, "write", stopped)
+    stop_at_write(monkeypatch, 2)
     with pytest.raises(SystemExit) as left:
         main(["verify", str(cache), "--repair", "--device", "cpu", "--quiet"])
     monkeypatch.undo()
@@ -163,28 +155,13 @@ def test_an_interrupted_repair_says_so_and_goes_on(cache, original, monkeypatch,
     assert content_of(cache) == content_of(original)
 
 
-def stop_at(monkeypatch, number, place="probecache.store.writer.CacheWriter.write"):
-    """Ctrl-C at a call."""
-    module, _, name = place.rpartition(".")
-    holder = pkgutil.resolve_name(module)
-    function, calls = getattr(holder, name), []
-
-    def stopped(*arguments, **more):
-        calls.append(arguments)
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return function(*arguments, **more)
-
-    monkeypatch.setattr(holder, name, stopped)
-
-
 def repaired(cache):
     return probecache.repair(cache, device="cpu", quiet=True)
 
 
 def test_an_interrupted_repair_gives_way_to_that_of_other_layers(cache, original, monkeypatch):
     flip(cache / "layer_1" / "test_activations.pt", 2000)
-    stop_at(monkeypatch, 3)
+    stop_at_write(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         repaired(cache)
     monkeypatch.undo()
@@ -199,7 +176,7 @@ def test_rows_of_an_unfinished_addition_are_not_lost_to_a_repair(
 ):
     made = {"model": str(folders("llama")), "data": data, "device": "cpu", "quiet": True}
     added = {"output": cache, "layers": [2], "positions": "all", **made}
-    stop_at(monkeypatch, 4)
+    stop_at_write(monkeypatch, 4)
     with pytest.raises(Interrupted):
         probecache.extract(**added, batch_tokens=10)
     monkeypatch.undo()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from families import RECORDS
+from synthetic import stop_at_write
 
 import probecache
 from probecache.errors import StoreError
@@ -16,7 +17,6 @@ from probecache.store import commit, place
 from probecache.store.describe import describe
 from probecache.store.journal import find_unfinished
 from probecache.store.seal import seal_json
-from probecache.store.writer import CacheWriter
 
 
 @pytest.fixture
@@ -32,15 +32,7 @@ def extracted(model, output, **options):
 
 
 def interrupted(model, output, monkeypatch):
-    write, calls = CacheWriter.write, []
-
-    def stopped(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        write(self, *arguments)
-
-    monkeypatch.setattr(CacheWriter, "write", stopped)
+    stop_at_write(monkeypatch, 4)
     with pytest.raises(probecache.errors.Interrupted):
         extracted(model, output)
     monkeypatch.undo()
