@@ -141,9 +141,8 @@ def _values(
         differing = _differing(a, b, layers)
         if differing[0]:
             return differing
-        unknown = {k: v for k, v in a.items() if not is_recorded(v) and k not in b}
-        if layers is not None:
-            unknown = {k: v for k, v in unknown.items() if k in layers}
+        unread = (k for k in a.keys() - b.keys() if layers is None or k in layers)
+        unknown = {k: a[k] for k in sorted(unread) if not is_recorded(a[k])}
         if unknown:  # nothing that will be read can equal it
             return unknown, "not read yet"
         return _differing(expected.weight_samples, found.weight_samples, layers)
