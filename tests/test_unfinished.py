@@ -13,7 +13,7 @@ from synthetic import stop_at_write
 
 import probecache
 from probecache.errors import StoreError
-from probecache.store import commit, place
+from probecache.store import commit, journal, place, writer
 from probecache.store.describe import describe
 from probecache.store.journal import find_unfinished
 from probecache.store.seal import seal_json
@@ -158,3 +158,62 @@ def test_how_many_examples_were_begun_is_not_taken_on_trust(llama, tmp_path, mon
             command(cache)
     path.with_name("progress.json").unlink()
     assert "unfinished        0.0% of the rows; the same command goes on" in describe(cache)
+
+
+# ---------------------------------------------------------------- beside a run that is at work
+
+
+def test_what_was_found_stays_as_it_was_found(llama, tmp_path, monkeypatch):
+    """Another run lays its files down between the look and the use of what was seen."""
+    interrupted(llama, tmp_path / "c", monkeypatch)
+    whole = find_unfinished(tmp_path / "c")
+    content = whole.progress_path.read_bytes()
+    whole.progress_path.unlink()
+    before = find_unfinished(tmp_path / "c")
+    whole.progress_path.write_bytes(content)
+    assert whole.share() > 0
+    assert (before.laid_down, before.share(), before.counts()) == (False, 0, {1: 0, 2: 0})
+
+
+@pytest.mark.parametrize("name", ["begun.json", "progress.json"])
+def test_records_that_another_run_removes_while_they_are_read_are_not_damage(
+    llama, tmp_path, monkeypatch, name
+):
+    interrupted(llama, tmp_path / "c", monkeypatch)
+    real = journal.read_manifest
+
+    def read_manifest(path, schema):
+        if path.name == name:
+            path.unlink()
+        return real(path, schema)
+
+    monkeypatch.setattr(journal, "read_manifest", read_manifest)
+    found = find_unfinished(tmp_path / "c")
+    assert (found is None) == (name == "begun.json")
+    assert found is None or found.share() == 0
+
+
+def test_what_another_run_finishes_while_one_looks_is_finished(llama, tmp_path, monkeypatch):
+    """Complete when it is found, in the cache when the claim is had."""
+    extracted(llama, tmp_path / "whole")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "finish", die)
+    with pytest.raises(probecache.errors.Interrupted):
+        extracted(llama, tmp_path / "c")
+    monkeypatch.undo()
+    found = find_unfinished(tmp_path / "c")
+    assert found.complete
+    real = place.claimed_place
+
+    def claimed_place(*arguments):
+        monkeypatch.undo()
+        place.finish_complete(tmp_path / "c")
+        return real(*arguments)
+
+    monkeypatch.setattr(place, "claimed_place", claimed_place)
+    place.finish_complete(tmp_path / "c")
+    assert commit.is_committed(found)
+    assert content_of(tmp_path / "c") == content_of(tmp_path / "whole")

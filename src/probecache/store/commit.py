@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probecache.atomic import NO_LINKS, sync_folder, write_bytes
-from probecache.errors import OutputError
+from probecache.errors import OutputError, StoreError
 from probecache.identity import merged_weights
 from probecache.store.layout import LAYER_INFO, LayerInfo, manifest_size
 from probecache.store.reader import read_manifest
@@ -57,7 +57,12 @@ def is_committed(unfinished: Unfinished) -> bool:
     cached = read_manifest(final / LAYER_INFO, LayerInfo)
     if not unfinished.complete:
         return not unfinished.begun.repairs and {*unfinished.begun.layers} <= {*cached.layers}
-    new = read_manifest(unfinished.finished_path, LayerInfo)
+    try:
+        new = read_manifest(unfinished.finished_path, LayerInfo)
+    except StoreError:
+        if unfinished.finished_path.exists():
+            raise
+        return True  # gone at this moment, since another run has committed it
     if any(cached.files.get(name) != record for name, record in new.files.items()):
         return False
     # Of a repair the manifest was there all along: its files have to be in their places, too.

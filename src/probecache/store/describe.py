@@ -64,8 +64,8 @@ def _unfinished(unfinished: Unfinished) -> list[tuple[str, str]]:
         ("  complete", _list(whole)),
         ("  begun", "; ".join(started) or "none"),
     ]
-    if unfinished.laid_down:
-        lines.append(("  recorded", _written(unfinished.progress_path)))
+    if unfinished.recorded is not None:
+        lines.append(("  recorded", _moment(unfinished.recorded)))
     return lines
 
 
@@ -74,7 +74,11 @@ def _list(layers: list[int]) -> str:
 
 
 def _written(manifest: Path) -> str:
-    return f"{datetime.fromtimestamp(manifest.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+    return _moment(manifest.stat().st_mtime)
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def _cache_or_damage(path: Path, repaired: bool) -> list[tuple[str, str]]:

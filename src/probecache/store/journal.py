@@ -11,6 +11,7 @@ Guarantee: what `progress.json` calls done was flushed to disk before it was wri
 from __future__ import annotations
 
 import base64
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -127,11 +128,19 @@ class Progress(BaseModel):
 
 @dataclass
 class Unfinished:
-    """An unfinished extraction's folder."""
+    """An unfinished extraction's folder, as it was found: another run may be at work in it.
+
+    Attributes:
+        folder: where it is.
+        begun: what was begun.
+        progress: what was done when it was last recorded.
+        recorded: when that was, in seconds since 1970; None before the files are laid down.
+    """
 
     folder: Path
     begun: Begun
     progress: Progress = field(default_factory=Progress)
+    recorded: float | None = None
 
     @property
     def progress_path(self) -> Path:
@@ -141,7 +150,7 @@ class Unfinished:
     @property
     def laid_down(self) -> bool:
         """Whether all files are there, so that rows may be in them."""
-        return self.progress_path.is_file()
+        return self.recorded is not None
 
     @property
     def finished_path(self) -> Path:
@@ -200,6 +209,7 @@ class Unfinished:
         """Write what is done. The rows have to be on disk before."""
         self.progress.done = DoneRows.of(done)
         _write(self.progress_path, self.progress)
+        self.recorded = time.time()
 
 
 def find_unfinished(cache: Path) -> Unfinished | None:
@@ -209,24 +219,34 @@ def find_unfinished(cache: Path) -> Unfinished | None:
         StoreError: its records are damaged.
     """
     folder = cache / UNFINISHED
-    if folder.is_symlink() or not (folder / BEGUN).is_file():
+    begun = None if folder.is_symlink() else _read(folder / BEGUN, Begun)
+    if begun is None:
         return None
-    found = Unfinished(folder, _read(folder / BEGUN, Begun))
-    if found.laid_down:
-        found.progress = _read(found.progress_path, Progress)
+    found = Unfinished(folder, begun[0])
+    progress = _read(found.progress_path, Progress)
+    if progress is not None:
+        found.progress, found.recorded = progress
     return found
 
 
-def _read(path: Path, schema: type[_Record]) -> _Record:
+def _read(path: Path, schema: type[_Record]) -> tuple[_Record, float] | None:
+    """A record and when it was written; None where it is not there, or is removed meanwhile."""
+    if not path.is_file():
+        return None
     try:
-        record = read_manifest(path, schema)
+        written = path.stat().st_mtime
+        record, intact = read_manifest(path, schema), is_intact(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except StoreError as error:
+        if not path.exists():
+            return None
         raise StoreError(f"{error}; {_remedy(path.parent)}") from error
-    if not is_intact(path.read_bytes()):
+    if not intact:
         raise StoreError(
             f"expected {path} as it was written, got other bytes; {_remedy(path.parent)}"
         )
-    return record
+    return record, written
 
 
 def _remedy(folder: Path) -> str:
