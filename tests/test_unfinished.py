@@ -14,6 +14,7 @@ from synthetic import stop_at_write
 import probecache
 from probecache.errors import StoreError
 from probecache.store import commit, journal, place, writer
+from probecache.store import verify as verify_module
 from probecache.store.describe import describe
 from probecache.store.journal import find_unfinished
 from probecache.store.seal import seal_json
@@ -217,3 +218,22 @@ def test_what_another_run_finishes_while_one_looks_is_finished(llama, tmp_path, 
     place.finish_complete(tmp_path / "c")
     assert commit.is_committed(found)
     assert content_of(tmp_path / "c") == content_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "layer_1/rows.crc32"])
+def test_layers_that_are_committed_while_a_cache_is_verified_are_not_foreign(
+    llama, tmp_path, monkeypatch, name
+):
+    extracted(llama, tmp_path / "c")
+    real = verify_module._fault
+
+    def fault(path, *record):
+        if path == tmp_path / "c" / name and not (tmp_path / "c/layer_3").exists():
+            extracted(llama, tmp_path / "c", layers=[1, 2, 3])
+        return real(path, *record)
+
+    monkeypatch.setattr(verify_module, "_fault", fault)
+    assert probecache.verify(tmp_path / "c").whole
+    assert probecache.open_cache(tmp_path / "c").layers == (1, 2, 3)
+    (tmp_path / "c/layer_3/x").write_text("x")
+    assert [damage.file for damage in probecache.verify(tmp_path / "c").damages] == ["layer_3/x"]

@@ -115,6 +115,24 @@ def verify(path: str | Path) -> Report:
 
 
 def _verify_cache(path: Path) -> Report:
+    while True:
+        before = _state(path / LAYER_INFO)
+        report = _look_at_cache(path)
+        # Where layers were committed meanwhile, their files look like ones that nobody recorded.
+        if report.whole or _state(path / LAYER_INFO) == before:
+            return report
+
+
+def _state(manifest: Path) -> tuple[int, int] | None:
+    """What tells a manifest from the one that is renamed over it; None where there is none."""
+    try:
+        found = manifest.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _look_at_cache(path: Path) -> Report:
     report = Report(path, "cache")
     if not _check_seal(report, LAYER_INFO):
         return report
