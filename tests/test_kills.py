@@ -22,6 +22,7 @@ from faults import tree_hash
 from fork_server import Commands
 
 import probecache
+from probecache.cli import main
 from probecache.errors import MismatchError, StoreError
 from probecache.store.journal import find_unfinished
 from probecache.store.verify import verify
@@ -317,6 +318,32 @@ def test_of_several_commands_at_once_one_writes_and_the_others_are_told(
     again = commands.run(*extraction(place / "c", way))
     assert again.code == 0, again.err
     require_as_undisturbed(place, root)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--layers", "1"], ["--layers", "1,2,4", "--dtype", "bfloat16"]],
+    ids=["layers", "dtype"],
+)
+def test_nobody_is_told_to_remove_what_another_run_is_writing(
+    commands, extraction, model, data, tmp_path, capsys, asked
+):
+    way = WAYS["padded, all tokens"]
+    child = paused(commands, extraction(tmp_path / "c", way))
+    told = ["extract", "--model", model, "--data", data, "--output", tmp_path / "c", *asked, *way]
+
+    def refusal():
+        with pytest.raises(SystemExit, match="2"):
+            main([str(word) for word in told])
+        return capsys.readouterr().err
+
+    unfinished = tmp_path / "c/unfinished"
+    beside = refusal()
+    assert f"process {child} on " in beside
+    assert str(unfinished) not in beside
+    os.kill(child, signal.SIGKILL)
+    commands.wait()
+    assert f"remove {unfinished} to drop what it computed" in refusal()
 
 
 def test_what_another_run_begins_at_the_last_moment_is_not_taken_for_ones_own(

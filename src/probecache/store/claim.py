@@ -31,7 +31,7 @@ from probecache.processes import machine_start, runs, started
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Claim", "claimed"]
+__all__ = ["Claim", "claimed", "require_unclaimed"]
 
 _NAME = "owner.json"
 _TRIES, _AGAIN_S = 20, 0.01
@@ -117,15 +117,30 @@ def claimed(folder: Path) -> Iterator[Claim]:
     path = folder / _NAME
     taken = _take(path, parents=True)
     if taken is None:
-        raise OutputError(
-            f"expected to be the only one who writes to {folder.parent}, but {_words(_read(path))} "
-            "is extracting into it; wait for it, or choose another --output"
-        )
+        raise _refusal(folder, _read(path))
     claim = Claim(path, *taken)
     try:
         yield claim
     finally:
         claim.release()
+
+
+def require_unclaimed(folder: Path) -> None:
+    """Raise OutputError where another run that is alive holds the claim on a folder."""
+    path = folder / _NAME
+    holder = _read(path)
+    if holder is None or (holder.here and holder.pid == os.getpid()):
+        return
+    if _lives(path, holder):
+        raise _refusal(folder, holder)
+
+
+def _refusal(folder: Path, holder: _Owner | None) -> OutputError:
+    who = "another run" if holder is None else f"process {holder.pid} on {holder.host}"
+    return OutputError(
+        f"expected to be the only one who writes to {folder.parent}, but {who} is extracting into "
+        "it; wait for it, or choose another --output"
+    )
 
 
 def _take(path: Path, *, parents: bool = False) -> tuple[_Owner, int] | None:
@@ -273,10 +288,6 @@ def _read(path: Path) -> _Owner | None:
     texts = (owner.host, owner.boot, owner.started, owner.token)
     is_ours = all(isinstance(text, str) for text in texts) and type(owner.pid) is int
     return owner if is_ours and owner.pid > 0 else None
-
-
-def _words(owner: _Owner | None) -> str:
-    return "another run" if owner is None else f"process {owner.pid} on {owner.host}"
 
 
 def _token() -> str:

@@ -106,7 +106,7 @@ def extract(
             require_place(real_path(output))
             if existing is not None:
                 require_free_layers(existing.path, blueprint)
-            require_same_run(planned, prepared, prepared.identity)
+            require_same_run(planned, prepared.identity)
             _require_room(planned)
             prepared.source.check_device()
         if announce is not None:
@@ -114,7 +114,7 @@ def extract(
         identity = _with_weights(prepared, existing)
         _require_all(identity, prepared, existing, accept)
         if blueprint.layers:
-            require_same_run(planned, prepared, identity)
+            require_same_run(planned, identity)
             _run(prepared, planned, existing, identity, accept, finished)
         else:
             identity = _with_content(identity, prepared, max(prepared.layers), {})
@@ -134,7 +134,7 @@ def _run(
     blueprint, as_read = missing(prepared.blueprint, existing), identity
 
     def begun() -> Begun:
-        require_same_run(planned, prepared, as_read)  # another may have begun since it was asked
+        require_same_run(planned, as_read)  # another may have begun since it was asked
         return begin(prepared, planned, as_read)
 
     with open_writer(output, blueprint, begun, info) as writer:

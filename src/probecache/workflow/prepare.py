@@ -189,7 +189,7 @@ def plan(request: ExtractRequest, output: str | Path | None) -> Plan:
     if existing is not None:
         require_same_cache(existing, prepared.identity, request.allow_mismatch)
     if planned.layers:
-        require_same_run(planned, prepared, prepared.identity)
+        require_same_run(planned, prepared.identity)
     return planned
 
 

@@ -24,6 +24,7 @@ from probecache.atomic import real_path, write_bytes
 from probecache.errors import MismatchError, StoreError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
+from probecache.store.claim import require_unclaimed
 from probecache.store.journal import Begun, find_unfinished
 from probecache.store.layout import (
     LAYER_INFO,
@@ -225,6 +226,7 @@ def _require_no_other(path: Path, layers: tuple[int, ...]) -> Unfinished | None:
     if found is None or (found.begun.repairs and found.begun.layers == layers):
         return None
     if not found.begun.repairs:
+        require_unclaimed(found.folder)
         raise MismatchError(
             f"expected nothing unfinished in {path} when it is repaired, got an extraction of "
             f"layers {format_layers(found.begun.layers)} ({found.share():.1%} of the rows on "

@@ -17,6 +17,7 @@ from probecache.atomic import free_bytes, real_path
 from probecache.errors import Interrupted, MismatchError
 from probecache.identity import EXTENDING, require_same
 from probecache.layers import format_layers
+from probecache.store.claim import require_unclaimed
 from probecache.store.journal import Begun, find_unfinished
 from probecache.store.layout import LAYER_INFO
 from probecache.streaming import Snapshot
@@ -101,29 +102,39 @@ def require_same_cache(existing: Cache, identity: Identity, allowed: Sequence[st
     )
 
 
-def require_same_run(planned: Plan, prepared: Preparation, identity: Identity) -> None:
+def require_same_run(planned: Plan, identity: Identity) -> None:
     """Raise MismatchError where another extraction is unfinished in the same place.
 
     Args:
         identity: as far as it is known; attention is known only when the model is loaded.
+
+    Raises:
+        OutputError: instead, where it is being written.
     """
-    output = Path(planned.output)
-    unfinished = find_unfinished(real_path(output))
+    unfinished = find_unfinished(real_path(Path(planned.output)))
     if unfinished is None:
         return
+    try:
+        _require_same_as_begun(unfinished, planned, identity)
+    except MismatchError:
+        require_unclaimed(unfinished.folder)  # nobody is told to remove what is being written
+        raise
+
+
+def _require_same_as_begun(unfinished: Unfinished, planned: Plan, identity: Identity) -> None:
     begun, remedy = unfinished.begun, f"or remove {unfinished.folder} to drop what it computed"
     require_same(
         begun.identity,
         replace(identity, attention=begun.identity.attention),
         EXTENDING,
-        what=f"The unfinished extraction in {output} and this run",
+        what=f"The unfinished extraction in {planned.output} and this run",
         allowed=None,  # one layer's rows are of one run
         remedy=f"finish it with the options it was begun with, {remedy}",
     )
     if begun.layers != planned.layers:
         raise MismatchError(
             f"expected the layers {format_layers(begun.layers)} of the unfinished extraction in "
-            f"{output}, got {format_layers(planned.layers)}; finish it with --layers "
+            f"{planned.output}, got {format_layers(planned.layers)}; finish it with --layers "
             f"{','.join(map(str, begun.layers))} first, {remedy}"
         )
 
