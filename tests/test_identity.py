@@ -133,6 +133,26 @@ def test_every_difference_is_shown_at_once():
     assert "dtype" not in str(caught.value)
 
 
+def test_of_a_config_the_settings_that_differ_are_shown():
+    here = {
+        "rope.theta": 1e4,
+        "rope.type": "default",
+        "bias": False,
+        "kinds": "7" * 64,
+        "cap": None,
+    }
+    there = {"rope.theta": 5e5, "rope.type": "default", "kinds": "8" * 64, "cap": 30.0, "top": 1}
+    with pytest.raises(MismatchError) as caught:
+        require_same(
+            replace(HERE, config=here), replace(HERE, config=there), SCORING, what="A and B"
+        )
+    assert str(caught.value).startswith(
+        "A and B do not belong together: config: expected {bias: False, cap: None, "
+        "kinds: content 77777777, rope.theta: 10000.0, and 1 more}, got {bias: 'no such setting', "
+        "cap: 30.0, kinds: content 88888888, rope.theta: 500000.0, and 1 more} (model"
+    )
+
+
 def test_weights_are_compared_on_the_layers_that_both_know():
     deeper = replace(HERE, weights={10: "b", 30: "z"})
     require_same(HERE, deeper, SCORING, what="")

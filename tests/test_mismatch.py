@@ -7,6 +7,7 @@ is refused under its own name, and nothing is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -18,9 +19,11 @@ import pytest
 import torch
 from families import FAMILIES, RECORDS, Family, build, full_model
 from safetensors.torch import load_file, save_file
+from synthetic import labelled, write_cache
 from transformers import AutoTokenizer
 
 import probecache
+from probecache.content import config_content
 from probecache.errors import Interrupted, MismatchError, ModelError
 from probecache.identity import EXTENDING, SCORING
 
@@ -405,6 +408,60 @@ def test_a_streamed_run_does_not_go_on_with_other_weights_than_it_was_stopped_wi
     assert not (tmp_path / "cache" / "layer_info.json").exists()
     change_one_weight(folder)  # back again
     assert extracted(folder, tmp_path / "cache", **options).layers == (1, 2, 3)
+
+
+def test_a_config_that_differs_is_shown_setting_by_setting(model, tmp_path):
+    cache = extracted(model, tmp_path / "cache")
+    other = other_model(CHANGES["config"], model, tmp_path)
+    with pytest.raises(MismatchError) as caught:
+        extracted(other, cache.path, layers=[2])
+    assert (
+        "config: expected {rope_parameters.rope_theta: 10000.0}, "
+        "got {rope_parameters.rope_theta: 500.0} (model"
+    ) in str(caught.value)
+
+
+class Config:
+    """What transformers makes of a config.json."""
+
+    def __init__(self, **settings):
+        self._settings = settings
+
+    def to_dict(self):
+        return self._settings
+
+
+def test_every_setting_that_computes_is_kept_by_its_name(tmp_path):
+    kinds = ["sliding_attention", "full_attention"] * 40
+    config = Config(
+        hidden_act="silu",
+        use_cache=True,
+        hidden_size=8,
+        cap=None,
+        bias=False,
+        eps=1e-05,
+        vast=float("inf"),
+        kinds=kinds,
+        some=[1, 2],
+        rope={},
+        text_config={"use_cache": False, "heads": {0: 2}, "_name": "x"},
+    )
+    found = config_content(config)
+    assert found == {
+        "bias": False,
+        "cap": None,
+        "eps": 1e-05,
+        "hidden_act": "silu",
+        "kinds": hashlib.sha256(json.dumps(kinds).encode()).hexdigest(),
+        "rope": "{}",
+        "some": "[1, 2]",
+        "text_config.heads.0": 2,
+        "vast": "Infinity",
+    }
+    cache = write_cache(tmp_path / "c", labelled("a", "b"), {1: torch.zeros(2, 4)}, config=found)
+    read = probecache.open_cache(cache.path).identity.config
+    assert read == found
+    assert [type(value) for value in read.values()] == [type(value) for value in found.values()]
 
 
 def test_a_config_that_computes_the_same_is_the_same(model, tmp_path):

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from probecache.memo import FileState
     from probecache.models import ModelSource
     from probecache.prompts import Tokenizer
+    from probecache.types import Setting
 
 __all__ = ["config_content", "tokenizer_content", "weights_content"]
 
@@ -42,6 +44,8 @@ _TOLD_APART = (
     *("model_type", "num_hidden_layers", "hidden_size", "dtype", "torch_dtype"),
     "quantization_config",
 )
+
+_LONG = 60  # characters
 
 _THREADS = 4
 
@@ -79,24 +83,35 @@ def weights_content(
     return found
 
 
-def config_content(config: Any) -> str:
-    """SHA-256 of what a config tells the model to compute: rotary base, norms, windows, caps ...
+def config_content(config: Any) -> dict[str, Setting]:
+    """What a config tells the model to compute: rotary base, norms, windows, caps ...
 
     Left out is what changes nothing in the residual stream or has a field of its own.
+
+    Returns:
+        Settings by name, those of configs within the config as `outer.inner`; of what is long, the
+        SHA-256.
     """
-    text = json.dumps(_computed(config.to_dict()), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return dict(sorted(_settings(config.to_dict(), "")))
 
 
-def _computed(settings: Any) -> Any:
-    """Settings without those that are left out, in configs within the config too."""
-    if not isinstance(settings, dict):
-        return settings
-    return {
-        name: _computed(value)
-        for name, value in settings.items()
-        if name not in (*_NOT_COMPUTED, *_TOLD_APART) and not str(name).startswith("_")
-    }
+def _settings(settings: Mapping[Any, Any], outer: str) -> Iterator[tuple[str, Setting]]:
+    for name, value in settings.items():
+        if name in (*_NOT_COMPUTED, *_TOLD_APART) or str(name).startswith("_"):
+            continue
+        if isinstance(value, dict) and value:
+            yield from _settings(value, f"{outer}{name}.")
+        else:
+            yield f"{outer}{name}", _setting(value)
+
+
+def _setting(value: Any) -> Setting:
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= _LONG else hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_content(tokenizer: Tokenizer) -> str:

@@ -33,6 +33,7 @@ EXTENDING: tuple[str, ...] = tuple(
 SCORING: tuple[str, ...] = tuple(
     name for name in EXTENDING if name not in ("data", "token_ids", "positions")
 )
+_ABSENT = "no such setting"
 # What no flag allows, and why: vectors and rows, or rows and rows, would not fit one another.
 _NEVER = {"hidden_size": "rows of another width fit nowhere"}
 _NEVER_EXTENDING = _NEVER | {
@@ -146,6 +147,9 @@ def _values(
         if unknown:  # nothing that will be read can equal it
             return unknown, "not read yet"
         return _differing(expected.weight_samples, found.weight_samples, layers)
+    if name == "config":
+        names = sorted(k for k in a.keys() | b.keys() if a.get(k, _ABSENT) != b.get(k, _ABSENT))
+        return {k: a.get(k, _ABSENT) for k in names}, {k: b.get(k, _ABSENT) for k in names}
     one_token = {Positions.LAST, Positions.ANSWER} & {expected.positions, found.positions}
     if name == "special_tokens_kept" and expected.positions != found.positions and one_token:
         return None, None  # it says something of `all` and `mean` alone

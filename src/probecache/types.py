@@ -22,6 +22,7 @@ __all__ = [
     "Identity",
     "Message",
     "Positions",
+    "Setting",
     "TokenizedPrompt",
 ]
 
@@ -31,6 +32,7 @@ LAYER_CONVENTION = (
 )
 
 DEFAULT_POSITIVE_CLASS = "deployment"
+Setting = bool | int | float | str | None  # of a model's config
 
 
 class Positions(StrEnum):
@@ -112,6 +114,8 @@ class Identity:
     weights are read. `model` and `revision` say where the weights came from; they are told to the
     reader, never compared: one content may lie in many places, and a branch moves.
 
+    `config` holds every setting by which the model computes, those of nested configs under dotted
+    names; of long ones the SHA-256.
     `template_date` is the day that the chat template was told where it asks for one, ISO format.
     """
 
@@ -119,7 +123,7 @@ class Identity:
     revision: str | None
     weights: Mapping[int, str]
     weight_samples: Mapping[int, str]
-    config: str
+    config: Mapping[str, Setting]
     architecture: str
     num_hidden_layers: int
     hidden_size: int

@@ -136,14 +136,19 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
 
 def _imported(identity: Identity) -> list[tuple[str, str]]:
     """What is known of the model of an imported cache, and the names of what is not."""
-    values = {name: getattr(identity, name) for name in Identity.__dataclass_fields__}
-    unknown = [name for name, v in values.items() if isinstance(v, str) and not is_recorded(v)]
+    unknown = [name for name in Identity.__dataclass_fields__ if not _is_known(identity, name)]
     return [
         ("model", f"{identity.model} (as told; {identity.num_hidden_layers} blocks)"),
         ("hidden size", str(identity.hidden_size)),
         ("dtype", f"{identity.dtype} of the rows; the model's own is not recorded"),
-        ("not recorded", ", ".join(sorted(["weights", *unknown]))),
+        ("not recorded", ", ".join(sorted(unknown))),
     ]
+
+
+def _is_known(identity: Identity, name: str) -> bool:
+    value = getattr(identity, name)
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return all(is_recorded(one) for one in values if isinstance(one, str))
 
 
 def _identity(identity: Identity, adapter: str | None = None) -> list[tuple[str, str]]:

@@ -406,7 +406,7 @@ def _identity(planned: ImportPlan, content: str) -> Identity:
         revision=None,
         weights=dict.fromkeys(planned.blueprint.layers, unknown),
         weight_samples={},
-        config=unknown,
+        config={"all": unknown},
         architecture=unknown,
         num_hidden_layers=request.num_hidden_layers,
         hidden_size=planned.shape.hidden_size,
