@@ -242,7 +242,8 @@ def open_cache(path: str | Path) -> Cache:
 
 def what_is_at(path: Path) -> str:
     """What is there in place of a folder, in words."""
-    return "a file" if path.exists() else "nothing there"
+    # A folder that is there now was made since it was looked for.
+    return "a file" if path.exists() and not path.is_dir() else "nothing there"
 
 
 def _declared(info: LayerInfo) -> set[str]:
