@@ -66,6 +66,9 @@ class HiddenStates:
             self._rows[offset : offset + len(rows)] = rows
         if self._rows is not None and self._snapshot is None:
             return
+        for first, count in [*self._ahead]:  # what was read ahead of this is old now
+            if first < offset + len(rows) and offset < first + count:
+                del self._ahead[first, count]
         while len(self._behind) >= _PENDING:
             self._behind.pop(0).result()
         target = self._snapshot or self._target
