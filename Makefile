@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench test check format build clean
+.PHONY: demo bench test search check format build clean
 
 demo: $(VENV)/installed
 	$(BIN)/probecache demo
@@ -14,6 +14,10 @@ bench: $(VENV)/installed
 # A file of tests at a time in each process: what a file builds, it builds once.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# The tests that draw examples, with others than `test` draws.
+search: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 -m hypothesis --hypothesis-profile default
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

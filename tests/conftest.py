@@ -7,6 +7,7 @@ import signal
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two test runs on two cores spin on each other's threads; tiny models gain nothing from a second.
@@ -18,6 +19,9 @@ os.environ["XDG_CACHE_HOME"] = _CACHE_HOME
 atexit.register(shutil.rmtree, _CACHE_HOME, ignore_errors=True)
 # A shell starts what it puts in the background deaf to Ctrl-C, and tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same examples every time: a test fails for what was changed. `make search` draws others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")
