@@ -148,8 +148,8 @@ def _values(
             return unknown, "not read yet"
         return _differing(expected.weight_samples, found.weight_samples, layers)
     if name == "config":
-        names = sorted(k for k in a.keys() | b.keys() if a.get(k, _ABSENT) != b.get(k, _ABSENT))
-        return {k: a.get(k, _ABSENT) for k in names}, {k: b.get(k, _ABSENT) for k in names}
+        nothing = dict.fromkeys([*a, *b], _ABSENT)
+        return _differing(nothing | {**a}, nothing | {**b})
     one_token = {Positions.LAST, Positions.ANSWER} & {expected.positions, found.positions}
     if name == "special_tokens_kept" and expected.positions != found.positions and one_token:
         return None, None  # it says something of `all` and `mean` alone
@@ -157,10 +157,10 @@ def _values(
 
 
 def _differing(
-    a: Mapping[int, str], b: Mapping[int, str], layers: Collection[int] | None
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Both names of the layers that both know, where they differ."""
-    shared = sorted(k for k in a.keys() & b.keys() if layers is None or k in layers)
+    a: Mapping[Any, Any], b: Mapping[Any, Any], only: Collection[Any] | None = None
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Both values of what both know, where they differ."""
+    shared = sorted(k for k in a.keys() & b.keys() if only is None or k in only)
     differing = [k for k in shared if a[k] != b[k]]
     return {k: a[k] for k in differing}, {k: b[k] for k in differing}
 
