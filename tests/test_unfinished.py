@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from functools import partial
@@ -12,8 +13,8 @@ from families import RECORDS
 from synthetic import stop_at_write
 
 import probecache
-from probecache.errors import StoreError
-from probecache.store import commit, journal, place, writer
+from probecache.errors import OutputError, StoreError
+from probecache.store import claim, commit, journal, place, writer
 from probecache.store import verify as verify_module
 from probecache.store.describe import describe
 from probecache.store.journal import find_unfinished
@@ -34,6 +35,18 @@ def extracted(model, output, **options):
 
 def interrupted(model, output, monkeypatch):
     stop_at_write(monkeypatch, 4)
+    with pytest.raises(probecache.errors.Interrupted):
+        extracted(model, output)
+    monkeypatch.undo()
+
+
+def complete(model, output, monkeypatch):
+    """All rows are there, and the run was stopped before it moved a file."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "finish", stopped)
     with pytest.raises(probecache.errors.Interrupted):
         extracted(model, output)
     monkeypatch.undo()
@@ -194,17 +207,26 @@ def test_records_that_another_run_removes_while_they_are_read_are_not_damage(
     assert found is None or found.share() == 0
 
 
+def test_a_disk_too_full_to_finish_on_is_told_with_the_bytes(llama, tmp_path, monkeypatch):
+    complete(llama, tmp_path / "c", monkeypatch)
+    needed = (tmp_path / "c/unfinished/finished.json").stat().st_size
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((claim, "_take"), (commit, "write_bytes")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            with pytest.raises(OutputError, match=f"{needed:,} bytes"):
+                place.finish_complete(tmp_path / "c")
+    place.finish_complete(tmp_path / "c")
+    assert probecache.verify(tmp_path / "c").whole
+
+
 def test_what_another_run_finishes_while_one_looks_is_finished(llama, tmp_path, monkeypatch):
     """Complete when it is found, in the cache when the claim is had."""
     extracted(llama, tmp_path / "whole")
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(writer, "finish", die)
-    with pytest.raises(probecache.errors.Interrupted):
-        extracted(llama, tmp_path / "c")
-    monkeypatch.undo()
+    complete(llama, tmp_path / "c", monkeypatch)
     found = find_unfinished(tmp_path / "c")
     assert found.complete
     real = place.claimed_place

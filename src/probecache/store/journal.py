@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -161,6 +162,13 @@ class Unfinished:
     def complete(self) -> bool:
         """Whether all rows are there and only files have to move."""
         return self.finished_path.is_file()
+
+    @property
+    def bytes_to_finish(self) -> int | None:
+        """What a commit writes where all rows are there and only files have to move, else None."""
+        with suppress(FileNotFoundError):
+            return self.finished_path.stat().st_size
+        return None
 
     def done(self) -> dict[int, NDArray[np.bool_]]:
         """Which examples' rows are on disk, by layer: bool [examples].

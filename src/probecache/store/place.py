@@ -36,12 +36,11 @@ def finish_complete(final: Path) -> None:
     final = real_path(final)
     unfinished = find_unfinished(final)
     if unfinished is not None and unfinished.complete:
-        with claimed_place(final) as (_, claim):
+        needed = unfinished.bytes_to_finish
+        with claimed_place(final, needed) as (_, claim):
             unfinished = find_unfinished(final)  # another run may have finished it meanwhile
             if unfinished is not None and unfinished.complete:
-                needed = unfinished.finished_path.stat().st_size  # the rest is there and only moves
-                with disk_errors_named(final, needed):
-                    finish(unfinished, claim)
+                finish(unfinished, claim)
     elif final.is_dir() and (
         any(TEMPORARY.fullmatch(path.name) for path in final.iterdir())
         or ((final / UNFINISHED).is_dir() and unfinished is None)
