@@ -14,7 +14,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from probecache.errors import EmptyClassError, FitError, ShapeError
+from probecache.errors import EmptyClassError, ShapeError
+from probecache.folds import assign_folds, group_numbers
 from probecache.metrics import (
     AurocEstimate,
     auroc,
@@ -119,13 +120,19 @@ def cross_validated_bag_of_words_auroc(
     """
     _check("scored", texts, is_positive)
     positive = np.asarray(is_positive, bool)
-    members = _group_numbers(texts, groups)
-    held_out = _folds(positive, members, folds)
+    if len(groups) != len(texts):
+        raise ShapeError(
+            f"expected one group for each text, got {len(texts)} texts and {len(groups)} groups; "
+            "pass lists of one length"
+        )
+    members = group_numbers(groups)
+    fold_of = assign_folds(positive, members, folds, SEED)
+    held_out = [np.flatnonzero(fold_of == fold) for fold in range(fold_of.max() + 1)]
     scores = np.empty(len(texts))
     for test in held_out:
-        train = np.setdiff1d(np.arange(len(texts)), test)
+        train = np.setdiff1d(np.arange(len(texts)), test).tolist()
         scores[test] = _bag_of_words_scores(
-            [texts[i] for i in train], positive[train], [texts[i] for i in test]
+            [texts[i] for i in train], positive[train], [texts[i] for i in test.tolist()]
         )
     return _auroc_within(held_out, scores, positive, members)
 
@@ -163,43 +170,6 @@ def _bag_of_words_scores(
     model = LogisticRegression(class_weight="balanced", max_iter=1000)
     model.fit(train, train_is_positive)
     return np.asarray(model.decision_function(words.transform(test_texts)), dtype=np.float64)
-
-
-def _group_numbers(texts: Sequence[str], groups: Sequence[Hashable]) -> Ints:
-    """Groups as numbers from 0: names of several types cannot be sorted."""
-    if len(groups) != len(texts):
-        raise ShapeError(
-            f"expected one group for each text, got {len(texts)} texts and {len(groups)} groups; "
-            "pass lists of one length"
-        )
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp)
-
-
-def _folds(positive: Bools, members: Ints, most: int) -> list[Ints]:
-    """Rows held out in turn; each fold holds both classes, and so does what is left of it."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    if most < 2:
-        raise FitError(f"expected at least 2 folds, got {most}; try 5")
-    n_positive, n_negative = _groups_of(positive, members), _groups_of(~positive, members)
-    if min(n_positive, n_negative) < 2:
-        raise EmptyClassError(
-            "expected texts of each class in at least 2 groups, to train on one and score the "
-            f"other, got {n_positive} positive and {n_negative} negative; add texts, or divide the "
-            "groups more finely"
-        )
-    for count in range(min(most, n_positive, n_negative), 1, -1):
-        splits = StratifiedGroupKFold(count, shuffle=True, random_state=SEED).split(
-            members, positive, members
-        )
-        held_out = [np.asarray(test, dtype=np.intp) for _, test in splits]
-        if all(0 < positive[test].sum() < test.size for test in held_out):
-            return held_out
-    raise EmptyClassError(
-        f"expected groups that leave both classes in each of 2 folds, got {members.max() + 1} of "
-        "very unequal make-up; add texts, or divide the groups more finely"
-    )
 
 
 def _groups_of(chosen: Bools, members: Ints) -> int:
