@@ -248,7 +248,7 @@ def test_groups_too_unequal_for_two_folds_of_both_classes_are_refused():
     labels = [True] * 10 + [True, False] + [False] * 10
     groups = [0] * 10 + [1, 1] + [2] * 10
     with pytest.raises(EmptyClassError, match="got 3 of very unequal make-up"):
-        cross_validated_bag_of_words_auroc(["a"] * 5, labels, groups)
+        cross_validated_bag_of_words_auroc(["a"] * 22, labels, groups)
 
 
 def test_fewer_than_two_folds_and_missing_groups_are_refused():
