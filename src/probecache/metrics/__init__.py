@@ -4,18 +4,24 @@ from probecache.metrics.auroc import (
     AurocEstimate,
     accuracy_at,
     auroc,
+    auroc_within_folds,
     logit_interval,
     normal_quantile,
     roc_curve,
     widest_interval,
 )
+from probecache.metrics.delong import AurocDifference, delong_covariance, paired_difference
 
 __all__ = [
+    "AurocDifference",
     "AurocEstimate",
     "accuracy_at",
     "auroc",
+    "auroc_within_folds",
+    "delong_covariance",
     "logit_interval",
     "normal_quantile",
+    "paired_difference",
     "roc_curve",
     "widest_interval",
 ]

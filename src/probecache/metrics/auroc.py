@@ -9,25 +9,37 @@ after choosing the best of several layers: the interval belongs to one layer fix
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from probecache.errors import EmptyClassError, FitError, ShapeError
+from probecache.errors import EmptyClassError, FitError
+from probecache.metrics.inputs import (
+    Bools,
+    Floats,
+    Ints,
+    checked_groups,
+    checked_level,
+    checked_scores,
+)
+from probecache.metrics.ranks import area_of_wins, wins_and_losses
 
 __all__ = [
     "AurocEstimate",
     "accuracy_at",
     "auroc",
+    "auroc_within_folds",
+    "group_interval",
     "logit_interval",
     "normal_quantile",
     "roc_curve",
     "widest_interval",
 ]
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+# Below this a variance is the rounding of zero.
+NO_VARIANCE = 1e-15
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def roc_curve(scores: ArrayLike, is_positive: ArrayLike) -> tuple[Floats, Floats
     Raises:
         ShapeError, EmptyClassError, FitError: as `auroc`.
     """
-    values, positive = _checked(scores, is_positive)
+    values, positive = checked_scores(scores, is_positive)
     order = np.argsort(-values, kind="stable")
     last_of_tie = np.append(np.diff(values[order]) != 0, True)
     hits = np.cumsum(positive[order])[last_of_tie]
@@ -99,19 +111,80 @@ def auroc(scores: ArrayLike, is_positive: ArrayLike, level: float = 0.95) -> Aur
     logit scale: Pepe 2003, section 5.2; largest variance: Birnbaum & Klose 1957, Ann. Math.
     Stat. 28:933.
     """
-    if not 0 < level < 1:
-        raise FitError(f"expected a confidence level between 0 and 1, got {level}; try 0.95")
-    values, positive = _checked(scores, is_positive)
-    wins, losses = _wins_and_losses(values, positive)
+    values, positive = checked_scores(scores, is_positive)
+    wins, losses = wins_and_losses(values, positive)
     n_positive, n_negative = wins.size, losses.size
-    area = _area(float(wins.sum()), n_positive * n_negative)
+    area = area_of_wins(float(wins.sum()), n_positive * n_negative)
     variance = _delong_variance(wins / n_negative, 1 - losses / n_positive)
-    z = normal_quantile((1 + level) / 2)
+    z = normal_quantile((1 + checked_level(level)) / 2)
     if variance > 0:
         low, high = logit_interval(area, variance, z)
     else:
         low, high = widest_interval(area, min(n_positive, n_negative), z, level)
     return AurocEstimate(area, low, high, n_positive, n_negative, level)
+
+
+def auroc_within_folds(
+    scores: ArrayLike,
+    is_positive: ArrayLike,
+    folds: ArrayLike,
+    groups: Sequence[Hashable] | ArrayLike,
+    level: float = 0.95,
+) -> AurocEstimate:
+    """AUROC of cross-validated scores: the share of won pairs among the pairs of one fold.
+
+    Every fold has a fit of its own, with its scale and an intercept that leans against the class
+    that the fold has more of (it was trained on less of it). Pooled scores carry that into the
+    ranking and press the AUROC below the truth; standardising each fold undoes it only where all
+    folds mix the classes alike. A comparison within a fold meets neither. So no score is compared
+    with another fit's: the result is the folds' AUROCs, weighted by their numbers of pairs. A fold
+    that lacks a class has no pairs and counts for nothing.
+
+    The interval takes groups, not examples, as what was sampled, and is symmetric in the logit.
+    The fits share training examples and so err together; its variance is multiplied by
+    1 + folds / (folds - 1) for that. No unbiased variance exists for it (Bengio & Grandvalet 2004):
+    with random labels, 96 to 99 of 100 intervals of the bag of words held 0.5 for 40 to 200 groups,
+    and 92 for 12; without the factor, 83 to 90 did. Where the variance is zero (an AUROC of 0 or 1)
+    the interval is `widest_interval` for the groups of the class that has fewer.
+
+    Swapped labels give exactly 1 - AUROC.
+
+    Args:
+        scores: [n], finite; each from the fit that left out the example's fold.
+        is_positive: [n] booleans, True for the class that a higher score means.
+        folds: [n] numbers or names of the folds.
+        groups: [n] numbers or names of what was sampled together and never split between folds.
+        level: two-sided confidence, in (0, 1).
+
+    Raises:
+        ShapeError: scores, labels, folds and groups differ in number.
+        EmptyClassError: a class has no scores, or no fold holds both.
+        FitError: fewer than two folds, or as `auroc`.
+
+    Source: averaging rather than pooling, Airola et al. 2011, Comput. Stat. Data Anal. 55:1828;
+    interval by the influence of each example, LeDell et al. 2015, Electron. J. Stat. 9:1583, summed
+    over groups as in Obuchowski 1997, Biometrics 53:567, and widened by Nadeau & Bengio 2003, Mach.
+    Learn. 52:239.
+    """
+    values, positive = checked_scores(scores, is_positive)
+    fold_of, members = (checked_groups(names, values.size) for names in (folds, groups))
+    count = int(fold_of.max()) + 1
+    if count < 2:
+        raise FitError("expected scores of at least 2 folds, got 1; cross-validate with more")
+    wins, pairs = _within_folds(values, positive, fold_of, count)
+    won, total = float(wins[positive].sum()), float(pairs[positive].sum())
+    if not total:
+        raise EmptyClassError(
+            f"expected a fold that holds both classes, got {count} that hold one each; "
+            "divide the folds so that each has both"
+        )
+    area = area_of_wins(won, total)
+    variance = _group_variance((wins - area * pairs) / total, members)
+    variance *= 1 + count / (count - 1)
+    z = normal_quantile((1 + checked_level(level)) / 2)
+    low, high = group_interval(area, variance, positive, members, z, level)
+    n_positive = int(positive.sum())
+    return AurocEstimate(area, low, high, n_positive, positive.size - n_positive, level)
 
 
 def accuracy_at(scores: ArrayLike, is_positive: ArrayLike, threshold: float) -> float:
@@ -130,73 +203,8 @@ def accuracy_at(scores: ArrayLike, is_positive: ArrayLike, threshold: float) -> 
     """
     if not math.isfinite(threshold):
         raise FitError(f"expected a finite threshold, got {threshold}; train the vectors again")
-    values, positive = _checked(scores, is_positive)
+    values, positive = checked_scores(scores, is_positive)
     return float(np.mean((values > threshold) == positive))
-
-
-def _checked(scores: ArrayLike, is_positive: ArrayLike) -> tuple[Floats, Bools]:
-    values = np.asarray(scores, dtype=np.float64)
-    positive = np.asarray(is_positive)
-    if values.ndim != 1 or values.shape != positive.shape:
-        raise ShapeError(
-            "expected one label for each score, got "
-            f"scores of shape {values.shape} and labels of shape {positive.shape}; "
-            "pass two lists of one length"
-        )
-    # An empty list has dtype float64, and is an empty class rather than a wrong type.
-    if positive.size and positive.dtype != np.bool_:
-        raise FitError(
-            f"expected labels to be booleans, got {positive.dtype}; pass labels == positive class"
-        )
-    positive = positive.astype(np.bool_)
-    _refuse_empty(positive)
-    _refuse_non_finite(values)
-    return values, positive
-
-
-def _refuse_empty(positive: Bools) -> None:
-    n_positive = int(positive.sum())
-    if n_positive in (0, positive.size):
-        raise EmptyClassError(
-            "expected scores of both classes, got "
-            f"{n_positive} positive and {positive.size - n_positive} negative; "
-            "check the positive class and the data's labels"
-        )
-
-
-def _refuse_non_finite(values: Floats) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        raise FitError(
-            f"expected finite scores, got {bad.size} that are NaN or Inf, the first "
-            f"({values[bad[0]]}) at row {bad[0]}; look for NaN in the activations"
-        )
-
-
-def _midranks(values: Floats) -> Floats:
-    """Rank from 1, tied values sharing the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    midranks: Floats = (ends - (counts - 1) / 2)[inverse]
-    return midranks
-
-
-def _wins_and_losses(values: Floats, positive: Bools) -> tuple[Floats, Floats]:
-    """Negatives below each positive, and positives below each negative; whole and half numbers."""
-    ranks = _midranks(values)
-    wins = ranks[positive] - _midranks(values[positive])
-    losses = ranks[~positive] - _midranks(values[~positive])
-    return wins, losses
-
-
-def _area(wins: float, pairs: int) -> float:
-    """AUROC from the Mann-Whitney count, such that swapped classes give exactly 1 - AUROC.
-
-    Only the larger of the two areas is rounded from the quotient; the smaller is 1 minus it, a
-    subtraction that floating point does exactly.
-    """
-    larger = 1 - min(wins, pairs - wins) / pairs
-    return larger if 2 * wins >= pairs else 1 - larger
 
 
 def _delong_variance(v10: Floats, v01: Floats) -> float:
@@ -204,6 +212,38 @@ def _delong_variance(v10: Floats, v01: Floats) -> float:
     if min(v10.size, v01.size) < 2:
         return 0.0
     return float(v10.var(ddof=1) / v10.size + v01.var(ddof=1) / v01.size)
+
+
+def _within_folds(
+    values: Floats, positive: Bools, fold_of: Ints, count: int
+) -> tuple[Floats, Floats]:
+    """For each example: how many of its fold's other class it beats or is beaten by, and of how
+    many. A positive counts what it beats, a negative what beats it."""
+    wins, pairs = np.zeros(values.size), np.zeros(values.size)
+    for fold in range(count):
+        above = np.flatnonzero((fold_of == fold) & positive)
+        below = np.flatnonzero((fold_of == fold) & ~positive)
+        both = np.concatenate([above, below])
+        won, lost = wins_and_losses(values[both], positive[both])
+        wins[above], pairs[above] = won, below.size
+        wins[below], pairs[below] = above.size - lost, above.size
+    return wins, pairs
+
+
+def _group_variance(influence: Floats, members: Ints) -> float:
+    """Variance of a sum of influences [n] when whole groups are what was sampled."""
+    total = np.bincount(members, weights=influence)
+    return float(total @ total) * total.size / max(1, total.size - 1)
+
+
+def group_interval(
+    area: float, variance: float, positive: Bools, members: Ints, z: float, level: float
+) -> tuple[float, float]:
+    """`logit_interval`, or `widest_interval` for the class in fewer groups without a variance."""
+    if variance > NO_VARIANCE and 0 < area < 1:
+        return logit_interval(area, variance, z)
+    fewest = min(np.unique(members[side]).size for side in (positive, ~positive))
+    return widest_interval(area, int(fewest), z, level)
 
 
 def logit_interval(area: float, variance: float, z: float) -> tuple[float, float]:
