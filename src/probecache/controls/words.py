@@ -111,7 +111,7 @@ def cross_validated_bag_of_words_auroc(
     fold_of = assign_folds(positive, members, folds, SEED)
     scores = np.empty(len(texts))
     for fold in range(fold_of.max() + 1):
-        test, train = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        test, train = (np.flatnonzero(side).tolist() for side in (fold_of == fold, fold_of != fold))
         scores[test] = _bag_of_words_scores(
             [texts[i] for i in train], positive[train], [texts[i] for i in test]
         )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from probecache.metrics.auroc import NO_VARIANCE, normal_quantile, widest_interval
-from probecache.metrics.inputs import Floats, checked_level, checked_rows
+from probecache.metrics.inputs import Floats, checked_level, checked_pair, checked_rows
 from probecache.metrics.ranks import area_of_wins, wins_and_losses
 
 __all__ = ["AurocDifference", "delong_covariance", "difference_estimate", "paired_difference"]
@@ -41,8 +41,7 @@ def delong_covariance(scores: ArrayLike, is_positive: ArrayLike) -> tuple[Floats
 
     With placement values V10 [k, n_positive] (share of negatives below each positive, ties 1/2)
     and V01 [k, n_negative] (share of positives above each negative), the covariance is
-    cov(V10) / n_positive + cov(V01) / n_negative. A class of one example adds nothing to it, for
-    nothing is known of its part.
+    cov(V10) / n_positive + cov(V01) / n_negative. With one example in a class it is unknown, NaN.
 
     Args:
         scores: [k, n], any real dtype, finite; a row for each scorer, in any unit.
@@ -86,7 +85,7 @@ def paired_difference(
 
     Source: as `delong_covariance`.
     """
-    rows, positive = checked_rows([first, second], is_positive)
+    rows, positive = checked_pair(first, second, is_positive)
     wins, losses = wins_and_losses(rows, positive)
     n_positive, n_negative = wins.shape[1], losses.shape[1]
     # Half numbers are subtracted, so the difference is exact and so is a variance of zero.
@@ -111,7 +110,7 @@ def difference_estimate(
 
     Args:
         difference: of two AUROCs, in [-1, 1].
-        variance: of the difference; zero where unknown.
+        variance: of the difference; zero or NaN where unknown.
         trials: independent examples, or groups, of the class that has fewer.
         level: two-sided confidence.
 
@@ -136,9 +135,9 @@ def difference_estimate(
 
 
 def _covariance(placements: Floats) -> Floats:
-    """Covariance [k, k] of the means of placements [k, n], zero for a single example."""
+    """Covariance [k, k] of the means of placements [k, n], NaN for a single example."""
     n = placements.shape[1]
     if n < 2:
-        return np.zeros((len(placements), len(placements)))
+        return np.full((len(placements), len(placements)), np.nan)
     centred = placements - placements.mean(axis=1, keepdims=True)
     return np.asarray(centred @ centred.T / (n - 1) / n, dtype=np.float64)

@@ -21,6 +21,7 @@ __all__ = [
     "checked_count",
     "checked_groups",
     "checked_level",
+    "checked_pair",
     "checked_rows",
     "checked_scores",
 ]
@@ -67,6 +68,19 @@ def checked_rows(scores: ArrayLike, is_positive: ArrayLike) -> tuple[Floats, Boo
     positive = _checked_labels(labels)
     _refuse_non_finite(values)
     return values, positive
+
+
+def checked_pair(
+    first: ArrayLike, second: ArrayLike, is_positive: ArrayLike
+) -> tuple[Floats, Bools]:
+    """Scores [2, n] of two scorers of the same n examples, and labels [n].
+
+    Raises:
+        ShapeError, EmptyClassError, FitError: as `checked_scores`, for either.
+    """
+    one, positive = checked_scores(first, is_positive)
+    other, _ = checked_scores(second, is_positive)
+    return np.stack([one, other]), positive
 
 
 def checked_groups(groups: Sequence[Hashable] | ArrayLike, count: int) -> Ints:
