@@ -11,10 +11,12 @@ from probecache.metrics.auroc import (
     widest_interval,
 )
 from probecache.metrics.delong import AurocDifference, delong_covariance, paired_difference
+from probecache.metrics.permutation import PermutationTest, permutation_test
 
 __all__ = [
     "AurocDifference",
     "AurocEstimate",
+    "PermutationTest",
     "accuracy_at",
     "auroc",
     "auroc_within_folds",
@@ -22,6 +24,7 @@ __all__ = [
     "logit_interval",
     "normal_quantile",
     "paired_difference",
+    "permutation_test",
     "roc_curve",
     "widest_interval",
 ]
