@@ -10,17 +10,23 @@ from probecache.metrics.auroc import (
     roc_curve,
     widest_interval,
 )
+from probecache.metrics.calibration import Bin, Calibration, Platt, calibration, fit_platt
 from probecache.metrics.delong import AurocDifference, delong_covariance, paired_difference
 from probecache.metrics.permutation import PermutationTest, permutation_test
 
 __all__ = [
     "AurocDifference",
     "AurocEstimate",
+    "Bin",
+    "Calibration",
     "PermutationTest",
+    "Platt",
     "accuracy_at",
     "auroc",
     "auroc_within_folds",
+    "calibration",
     "delong_covariance",
+    "fit_platt",
     "logit_interval",
     "normal_quantile",
     "paired_difference",
