@@ -28,8 +28,8 @@ _WORD = re.compile(r"\w+")
 # Of all texts together: 300 words of each of 20,000 texts, half of them from either end.
 _MOST_WORDS, _FEWEST_WORDS_EACH = 6_000_000, 100
 # Up to here the dense fit takes less time than importing scikit-learn does.
-MOST_DENSE = 1000
-_FEATURES_AT_ONCE = 4096
+MOST_DENSE = 800
+_FEATURES_AT_ONCE = 1024
 _NEWTON_STEPS = 100
 _CONVERGED = 1e-10
 # Beyond that a score is rounding: equal texts must tie, however a matrix product was blocked.
@@ -98,14 +98,32 @@ class Presence:
 
     def _kernel(self) -> Floats:
         """[size, size] features that two texts share; a text's own on the diagonal."""
-        kernel = np.diag(self.alone)
-        for start in range(0, self.width, _FEATURES_AT_ONCE):
-            first, last = np.searchsorted(self.features, (start, start + _FEATURES_AT_ONCE))
+        holders = np.bincount(self.features)
+        # A product over all texts pays from about that many holders; most features have two.
+        common = holders[self.features] > self.size / 16
+        kernel = self._shared_rare(self.texts[~common], self.features[~common])
+        kernel += kernel.T
+        kernel[np.diag_indices(self.size)] = self.alone
+        kernel += np.diag(np.bincount(self.texts[~common], minlength=self.size))
+        numbers = (np.cumsum(holders > self.size / 16) - 1)[self.features[common]]
+        for start in range(0, int(numbers[-1]) + 1 if numbers.size else 0, _FEATURES_AT_ONCE):
+            first, last = np.searchsorted(numbers, (start, start + _FEATURES_AT_ONCE))
             # float32 holds whole numbers exactly up to 16 million.
             block = np.zeros((self.size, _FEATURES_AT_ONCE), dtype=np.float32)
-            block[self.texts[first:last], self.features[first:last] - start] = 1
+            block[self.texts[common][first:last], numbers[first:last] - start] = 1
             kernel += block @ block.T
         return kernel
+
+    def _shared_rare(self, texts: Ints, features: Ints) -> Floats:
+        """[size, size], above the diagonal, counted pair by pair."""
+        shared = np.zeros(self.size**2)
+        for step in range(1, texts.size):
+            together = np.flatnonzero(features[step:] == features[:-step])
+            if not together.size:
+                break
+            pairs = texts[together] * self.size + texts[together + step]
+            shared += np.bincount(pairs, minlength=shared.size)
+        return shared.reshape(self.size, self.size)
 
     def _sparse(self) -> Any:
         """CSR [size, width + size], the last block holding what each text has alone."""
