@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from probecache.errors import UsageError
 from probecache.folds import group_numbers
 
-__all__ = ["near_duplicates"]
+__all__ = ["near_duplicates", "near_duplicates_of"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -76,6 +76,21 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> NDArray[np.
     place[order] = np.arange(len(order))
     clusters = _cluster(_Sets.of([distinct[i] for i in order]), threshold)
     return group_numbers(clusters[place[copies]].tolist())
+
+
+def near_duplicates_of(
+    known: Sequence[str], texts: Sequence[str], threshold: float = 0.8
+) -> NDArray[np.bool_]:
+    """Which of the texts have a near-duplicate among known ones, such as the training prompts.
+
+    Returns:
+        bool [texts].
+
+    Raises:
+        UsageError: as `near_duplicates`.
+    """
+    clusters = near_duplicates([*known, *texts], threshold)
+    return np.isin(clusters[len(known) :], clusters[: len(known)])
 
 
 def _words(text: str) -> tuple[str, ...]:
