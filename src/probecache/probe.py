@@ -15,10 +15,15 @@ class Probe:
 
     Attributes:
         direction: float32 [hidden], unit norm; a higher projection means the positive class.
-        raw_norm: norm of the direction before normalising, in the residual stream's units.
-        threshold: projection at which both classes are equally near.
+        raw_norm: norm of the direction before normalising: of the difference of means in the
+            residual stream's units, of the coefficients of logistic, ridge and LDA, so that
+            raw_norm * (score - threshold) is their decision function; for PCA the root mean
+            square of the differences' projections.
+        threshold: projection at which the method decides for neither class.
         typical_norm: median norm of the rows that it was fitted on.
         n_positive, n_negative: rows it was fitted on.
+        strength: of the regularisation, in scikit-learn's units (ridge's alpha, logistic
+            regression's C, LDA's shrinkage); None for methods without.
     """
 
     direction: np.ndarray
@@ -27,6 +32,7 @@ class Probe:
     typical_norm: float
     n_positive: int
     n_negative: int
+    strength: float | None = None
 
     def score(self, rows: np.ndarray) -> np.ndarray:
         """Projections of rows [n, hidden] on the direction: float64 [n]."""

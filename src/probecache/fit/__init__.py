@@ -1,5 +1,14 @@
 """Fitters: rows of one layer in, a frozen `Probe` per method out."""
 
 from probecache.fit.means import MeanDifferenceFitter, fit_difference_of_means
+from probecache.fit.methods import Design, Method, MethodFit, fit_layer, parse_methods
 
-__all__ = ["MeanDifferenceFitter", "fit_difference_of_means"]
+__all__ = [
+    "Design",
+    "MeanDifferenceFitter",
+    "Method",
+    "MethodFit",
+    "fit_difference_of_means",
+    "fit_layer",
+    "parse_methods",
+]
