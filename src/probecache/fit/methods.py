@@ -6,6 +6,7 @@ matrix of the rows (see gram.py), which serves every strength and every fold.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 
 from probecache.errors import FitError
@@ -17,7 +18,11 @@ from probecache.fit.design import (
     parse_methods,
     parse_strengths,
 )
-from probecache.fit.means import fit_means, gather_sums
+from probecache.fit.dual import fit_dual
+from probecache.fit.gram import MOST_ROWS, hold_rows, may_be_held
+from probecache.fit.means import fit_means
+from probecache.fit.problem import Problem
+from probecache.fit.sums import FoldSums, gather_sums, row_folds
 
 __all__ = ["Design", "Method", "MethodFit", "fit_layer", "parse_methods"]
 
@@ -62,10 +67,39 @@ def fit_layer(
     methods = tuple(methods)
     strengths = parse_strengths(methods, strength)
     sums = gather_sums(chunks, hidden_size, design)
+    if standardize:
+        sums.take_squares(chunks, row_folds(design))
     found: dict[Method, MethodFit] = {}
-    if Method.DIFFERENCE_OF_MEANS in methods and not standardize:
-        found[Method.DIFFERENCE_OF_MEANS] = fit_means(chunks, sums, design)
-    rest = [m for m in methods if m not in found]
-    if rest:
-        raise FitError(f"expected the difference of means, got {', '.join(strengths)}")
+    if Method.DIFFERENCE_OF_MEANS in methods:
+        means = fit_means(chunks, sums, design, standardize=standardize)
+        found[Method.DIFFERENCE_OF_MEANS] = means
+    rest = {m: s for m, s in strengths.items() if m not in found}
+    if rest and may_be_held(sums.n_rows, hidden_size):
+        problem = Problem.of(hold_rows(chunks, sums), design, sums if standardize else None)
+        found |= fit_dual(problem, design, sums, rest)
+    elif rest:
+        found |= _fit_by_passages(chunks, sums, design, rest, standardize=standardize)
     return {method: found[method] for method in methods}
+
+
+def _fit_by_passages(
+    chunks: Chunks,
+    sums: FoldSums,
+    design: Design,
+    strengths: Mapping[Method, float | None],
+    *,
+    standardize: bool,
+) -> dict[Method, MethodFit]:
+    """Too many rows for a Gram matrix."""
+    if importlib.util.find_spec("probecache.fit.primal") is None:
+        raise FitError(
+            f"expected at most {MOST_ROWS} rows of the width {sums.hidden_size} for "
+            f"{', '.join(strengths)}, got {sums.n_rows}; take the difference of means, or fewer "
+            "positions"
+        )
+    primal = importlib.import_module("probecache.fit.primal")
+    return dict(
+        primal.fit_many_rows(
+            chunks, sums.hidden_size, design, tuple(strengths), strengths, standardize=standardize
+        )
+    )
