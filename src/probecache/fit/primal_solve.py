@@ -1,0 +1,75 @@
+"""Preconditioned conjugate gradients on several linear systems that share their passes.
+
+Guarantee: answers are as exact as the products (float64), whatever the preconditioner is worth; a
+poor one costs passes, not digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["conjugate_gradients"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+
+
+def conjugate_gradients(
+    product: Callable[[Floats, Ints], Floats],
+    precondition: Callable[[Floats], Floats],
+    right: Floats,
+    start: Floats,
+    tolerance: float | Floats,
+    most: int,
+) -> tuple[Floats, int, bool]:
+    """Solve A_c x_c = b_c for every column c, each with its own positive definite matrix.
+
+    Args:
+        product: (vectors [hidden, some], which columns they are of [some]) -> A_c times each;
+            one pass over the rows, however many columns.
+        precondition: residuals [hidden, some] -> roughly A^-1 times each.
+        right: b, [hidden, columns].
+        start: first guess, [hidden, columns].
+        tolerance: a column is done when the preconditioned residual, which estimates the error,
+            is shorter than this share of the solution; one number or one per column.
+        most: products at most.
+
+    Returns:
+        Solutions [hidden, columns], the products taken, and whether all columns were done.
+
+    Source: Hestenes & Stiefel 1952; the Polak-Ribiere form of Golub & Ye 1999 (SIAM J. Sci. Comput.
+    21), which stands a preconditioner that is only roughly symmetric.
+    """
+    x = start.copy()
+    limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), x.shape[1:])
+    everything = np.arange(x.shape[1])
+    residual = right - product(x, everything) if x.any() else right.copy()
+    z = precondition(residual)
+    direction, taken = z.copy(), int(x.any())
+    gain = _dots(residual, z)
+    active = everything[_unfinished(z, x + z, limits)]
+    while active.size and taken < most:
+        moved = product(direction[:, active], active)
+        taken += 1
+        step = gain[active] / _dots(direction[:, active], moved)
+        x[:, active] += step * direction[:, active]
+        before = residual[:, active]
+        residual[:, active] = before - step * moved
+        z = precondition(residual[:, active])
+        gained = _dots(z, residual[:, active])
+        turn = np.maximum((gained - _dots(z, before)) / gain[active], 0)
+        direction[:, active] = z + turn * direction[:, active]
+        gain[active] = gained
+        active = active[_unfinished(z, x[:, active], limits[active])]
+    return x, taken, not active.size
+
+
+def _dots(a: Floats, b: Floats) -> Floats:
+    return np.asarray(np.einsum("hc,hc->c", a, b))
+
+
+def _unfinished(z: Floats, x: Floats, limits: Floats) -> NDArray[np.bool_]:
+    return np.asarray(np.linalg.norm(z, axis=0) > limits * np.linalg.norm(x, axis=0))
