@@ -21,7 +21,7 @@ def conjugate_gradients(
     product: Callable[[Floats, Ints], Floats],
     precondition: Callable[[Floats], Floats],
     right: Floats,
-    start: Floats,
+    start: Floats | None,
     tolerance: float | Floats,
     most: int,
 ) -> tuple[Floats, int, bool]:
@@ -32,9 +32,10 @@ def conjugate_gradients(
             one pass over the rows, however many columns.
         precondition: residuals [hidden, some] -> roughly A^-1 times each.
         right: b, [hidden, columns].
-        start: first guess, [hidden, columns].
+        start: first guess, [hidden, columns]; None begins at 0.
         tolerance: a column is done when the preconditioned residual, which estimates the error,
-            is shorter than this share of the solution; one number or one per column.
+            is shorter than this share of the solution; one number or one per column. From 0 the
+            share is of the first residual, which holds for a preconditioner of any size.
         most: products at most.
 
     Returns:
@@ -43,14 +44,15 @@ def conjugate_gradients(
     Source: Hestenes & Stiefel 1952; the Polak-Ribiere form of Golub & Ye 1999 (SIAM J. Sci. Comput.
     21), which stands a preconditioner that is only roughly symmetric.
     """
-    x = start.copy()
+    x = np.zeros_like(right) if start is None else start.copy()
     limits = np.broadcast_to(np.asarray(tolerance, dtype=np.float64), x.shape[1:])
     everything = np.arange(x.shape[1])
     residual = right - product(x, everything) if x.any() else right.copy()
     z = precondition(residual)
     direction, taken = z.copy(), int(x.any())
     gain = _dots(residual, z)
-    active = everything[_unfinished(z, x + z, limits)]
+    limits = limits * (np.linalg.norm(z, axis=0) if start is None else 1)
+    active = everything[gain > 0]
     while active.size and taken < most:
         moved = product(direction[:, active], active)
         taken += 1
@@ -63,13 +65,10 @@ def conjugate_gradients(
         turn = np.maximum((gained - _dots(z, before)) / gain[active], 0)
         direction[:, active] = z + turn * direction[:, active]
         gain[active] = gained
-        active = active[_unfinished(z, x[:, active], limits[active])]
+        size = 1 if start is None else np.linalg.norm(x[:, active], axis=0)
+        active = active[np.linalg.norm(z, axis=0) > limits[active] * size]
     return x, taken, not active.size
 
 
 def _dots(a: Floats, b: Floats) -> Floats:
     return np.asarray(np.einsum("hc,hc->c", a, b))
-
-
-def _unfinished(z: Floats, x: Floats, limits: Floats) -> NDArray[np.bool_]:
-    return np.asarray(np.linalg.norm(z, axis=0) > limits * np.linalg.norm(x, axis=0))
