@@ -198,7 +198,7 @@ def import_cache(
         model=model,
         layer_convention=choice(module.LayerConvention, layer_convention, "--layer-convention"),
         num_hidden_layers=num_hidden_layers,
-        positions=choice(Positions, positions, "--positions"),
+        positions=None if positions is None else Positions.parse(positions),
         special_tokens=choice(module.SpecialTokens, special_tokens, "--special-tokens"),
         data=data,
         allow_nonfinite=allow_nonfinite,

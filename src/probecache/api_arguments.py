@@ -76,7 +76,7 @@ def make_request(
         data=data,
         layers=layers,
         prompts=PromptOptions(
-            positions=choice(Positions, positions, "positions"),
+            positions=None if positions is None else Positions.parse(positions, "positions"),
             system_prompt=system_prompt,
             chat_template=chat_template,
             keep_special_tokens=keep_special_tokens,

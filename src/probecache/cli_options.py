@@ -72,7 +72,8 @@ PositionsOption = Annotated[
     str | None,
     typer.Option(
         "--positions",
-        help="Tokens to keep: last, mean, all or answer [default: last for pairs, else all].",
+        help="Tokens to keep: last, mean, all, answer, last-K, role:user (assistant, system), "
+        "match:REGEX or chars:START-STOP [default: last for pairs, else all].",
     ),
 ]
 SystemOption = Annotated[

@@ -13,7 +13,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from probecache.errors import MismatchError, UsageError
-from probecache.types import Identity, Positions
+from probecache.positions import may_keep_special
+from probecache.types import Identity
 from probecache.unrecorded import is_recorded
 
 if TYPE_CHECKING:
@@ -150,9 +151,9 @@ def _values(
     if name == "config":
         nothing = dict.fromkeys([*a, *b], _ABSENT)
         return _differing(nothing | {**a}, nothing | {**b})
-    one_token = {Positions.LAST, Positions.ANSWER} & {expected.positions, found.positions}
-    if name == "special_tokens_kept" and expected.positions != found.positions and one_token:
-        return None, None  # it says something of `all` and `mean` alone
+    if name == "special_tokens_kept" and expected.positions != found.positions:
+        both = may_keep_special(expected.positions) and may_keep_special(found.positions)
+        return (a, b) if both else (None, None)  # it says something of some positions alone
     return a, b
 
 

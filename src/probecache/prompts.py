@@ -17,15 +17,17 @@ import hashlib
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from probecache.dates import frozen
 from probecache.errors import PromptError, UsageError, one_line
-from probecache.spans import spans_between, special_ids, text_tokens
+from probecache.inputs import ANSWER, END, TEXT, Inputs, Piece, join_inputs
+from probecache.positions import may_keep_special
+from probecache.selection import NO_MESSAGE, Conversation, last_tokens, select_tokens
+from probecache.spans import Shown, characters_of, message_places, spans_between, special_ids
 from probecache.types import Example, Message, Positions, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -138,10 +140,10 @@ def _uses_template(dataset: Dataset, tokenizer: Tokenizer, options: PromptOption
 def _check_options(
     dataset: Dataset, tokenizer: Tokenizer, options: PromptOptions, positions: Positions
 ) -> None:
-    if positions is Positions.ANSWER and not dataset.paired:
+    if positions == Positions.ANSWER and not dataset.paired:
         raise UsageError(
             "expected pairs for --positions answer, got labelled data, which has no answers; "
-            "use last, mean or all"
+            "use last, mean, all or role:assistant"
         )
     templated = _uses_template(dataset, tokenizer, options)
     if dataset.paired and options.chat_template and not templated:
@@ -162,69 +164,16 @@ def _check_options(
                 "messages, but raw text is used here; give the record as text, or use a tokenizer "
                 "with a chat template"
             )
-    needs_offsets = positions in (Positions.ALL, Positions.MEAN) and not options.keep_special_tokens
-    if (needs_offsets or options.truncate) and not tokenizer.is_fast:
+    tells_text = may_keep_special(positions) and not options.keep_special_tokens
+    needs_offsets = tells_text or positions.by_place or options.truncate
+    if needs_offsets and not tokenizer.is_fast:
         raise UsageError(
             f"expected a fast tokenizer to tell text from template for --positions {positions}, "
-            "got a slow one; use --positions last or --keep-special-tokens"
+            "got a slow one; use --positions last, or all with --keep-special-tokens"
         )
 
 
 # ---------------------------------------------------------------- rendering
-
-_AROUND, _TEXT, _ANSWER, _END = range(4)  # what a token is part of
-
-
-@dataclass(frozen=True)
-class _Body:
-    """What comes before an answer: ids, and which of them are the example's text."""
-
-    ids: list[int]
-    is_text: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The inputs of some examples end to end, before positions are chosen.
-
-    Attributes:
-        ids: int32 [tokens].
-        parts: int8 [tokens]: template and BOS, text, answer, or what the tokenizer puts last.
-        owners: int64 [tokens], index of the token's example, rising.
-        count: number of examples.
-    """
-
-    ids: np.ndarray
-    parts: np.ndarray
-    owners: np.ndarray
-    count: int
-
-    def per_example(self, mask: np.ndarray) -> np.ndarray:
-        """How many of each example's tokens a mask holds; int64 [count]."""
-        return np.bincount(self.owners[mask], minlength=self.count)
-
-    @cached_property
-    def inside(self) -> np.ndarray:
-        """Tokens of the text or the answer; bool [tokens]."""
-        found: np.ndarray = (self.parts == _TEXT) | (self.parts == _ANSWER)
-        return found
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        """Where each example starts, and the end of the last one; int64 [count + 1]."""
-        return np.searchsorted(self.owners, np.arange(self.count + 1))
-
-
-def _end_to_end(bodies: Sequence[_Body], answers: Sequence[list[int]], tail: list[int]) -> _Chunk:
-    inputs = list(zip(bodies, answers, strict=True))
-    ids = list(chain.from_iterable(body.ids + answer + tail for body, answer in inputs))
-    lengths = np.array([(len(body.ids), len(answer), len(tail)) for body, answer in inputs])
-    kinds = np.array([_TEXT, _ANSWER, _END], dtype=np.int8)
-    parts = np.repeat(np.tile(kinds, len(bodies)), lengths.ravel())
-    is_text = np.concatenate([body.is_text for body in bodies])
-    parts[parts == _TEXT] = np.where(is_text, _TEXT, _AROUND)
-    owners = np.repeat(np.arange(len(bodies)), lengths.sum(axis=1))
-    return _Chunk(np.array(ids, dtype=np.int32), parts, owners, len(bodies))
 
 
 class _Renderer:
@@ -245,6 +194,7 @@ class _Renderer:
         self.positions = positions
         self.templated = templated
         self.source = source
+        self.tells_places = tokenizer.is_fast and not positions.one_row
         self.special = np.array(sorted(special_ids(tokenizer)), dtype=np.int32)
         self.head, self.tail = self._added_tokens()
         day = options.template_date
@@ -259,7 +209,7 @@ class _Renderer:
         """
         tail = [] if self.templated or self.facts.causal else self.tail
         bodies = self._bodies(examples)
-        chunk = _end_to_end(bodies, self._answers(examples), tail)
+        chunk = join_inputs(bodies, self._answers(examples), tail)
         chunk = self._fit(chunk, examples)
         self._check_one_bos(chunk, examples)
         return self._keep(chunk, examples)
@@ -276,14 +226,11 @@ class _Renderer:
                 return full[:start], full[start + len(plain) :]
         return [], []
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return list(self._encoded(texts)["input_ids"])
-
     def _encoded(self, texts: list[str]) -> Any:
         unused = {"return_attention_mask": False, "return_token_type_ids": False}
         return self.tokenizer(texts, add_special_tokens=False, **unused)
 
-    def _bodies(self, examples: Sequence[Example]) -> list[_Body]:
+    def _bodies(self, examples: Sequence[Example]) -> list[Piece]:
         # The two sides of a pair have one prompt.
         distinct: dict[tuple[Message, ...], Example] = {}
         for example in examples:
@@ -292,24 +239,41 @@ class _Renderer:
         made = dict(zip(distinct, make(list(distinct.values())), strict=True))
         return [made[example.messages] for example in examples]
 
-    def _raw(self, examples: Sequence[Example]) -> list[_Body]:
+    def _raw(self, examples: Sequence[Example]) -> list[Piece]:
         texts = [example.messages[0].content for example in examples]
-        return [self._opened(ids, np.ones(len(ids), dtype=bool)) for ids in self._ids(texts)]
+        return [Piece(*one).behind(self.head) for one in self._plain(texts)]
 
-    def _opened(self, ids: list[int], is_text: np.ndarray) -> _Body:
-        """A body with the tokens that the tokenizer opens every text with."""
-        return _Body(self.head + ids, np.append(np.zeros(len(self.head), dtype=bool), is_text))
+    def _plain(self, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Tokens of texts without a template, and their places in a message 0."""
+        encoded = self._encoded(texts)
+        ids = encoded["input_ids"]
+        places = [np.zeros((len(tokens), 3), dtype=np.int32) for tokens in ids]
+        if self.tells_places:
+            offsets = (encoding.offsets for encoding in encoded.encodings)
+            found = characters_of(offsets, list(map(len, ids)), texts)
+            for of_text, characters in zip(places, found, strict=True):
+                of_text[:, 1:] = characters
+        return list(zip(ids, places, strict=True))
 
-    def _answers(self, examples: Sequence[Example]) -> list[list[int]]:
+    def _answers(self, examples: Sequence[Example]) -> list[Piece]:
         texts = [self._answer(example) for example in examples]
         distinct = list(dict.fromkeys(filter(None, texts)))
-        ids = dict(zip(distinct, self._ids(distinct), strict=True)) if distinct else {}
-        answers = [ids[text] if text else [] for text in texts]
-        for example, text, answer in zip(examples, texts, answers, strict=True):
-            if text and not answer:
+        made = dict(zip(distinct, self._plain(distinct), strict=True)) if distinct else {}
+        for example, text in zip(examples, texts, strict=True):
+            if text and not made[text][0]:
                 where = self._where(example)
                 raise PromptError(f"{where}: expected the answer {text!r} to have tokens, got none")
-        return answers
+        return [
+            self._answered(example, text, *made[text]) if text else Piece.of_no_text([])
+            for example, text in zip(examples, texts, strict=True)
+        ]
+
+    def _answered(self, example: Example, text: str, ids: list[int], places: np.ndarray) -> Piece:
+        """The answer is one more message; what was put before it is none of its characters."""
+        answer, moved = example.answer or "", places.copy()
+        moved[:, 0] = len(example.messages)
+        moved[:, 1:] = np.clip(moved[:, 1:] - (len(text) - len(answer)), 0, len(answer))
+        return Piece(ids, moved)
 
     def _answer(self, example: Example) -> str | None:
         answer, question = example.answer, example.messages[-1].content
@@ -319,30 +283,36 @@ class _Renderer:
 
     # -- chat template
 
-    def _templated(self, examples: Sequence[Example]) -> list[_Body]:
+    def _templated(self, examples: Sequence[Example]) -> list[Piece]:
         conversations = [self._with_system(example) for example in examples]
         generation = examples[0].answer is not None  # the same for all examples of a dataset
         texts = self._apply(conversations, generation, self._where(examples[0]))
-        spans = [
-            self._text_spans(text, messages, generation, self._where(example))
+        shown = [
+            self._shown_spans(text, messages, generation, self._where(example))
             for text, messages, example in zip(texts, conversations, examples, strict=True)
         ]
         encoded = self._encoded(texts)
-        ids = encoded["input_ids"]
-        if self.tokenizer.is_fast:
-            # Asked for with the ids, the offsets of all texts would stand in memory together.
-            offsets = (encoding.offsets for encoding in encoded.encodings)
-            is_text = text_tokens(offsets, list(map(len, ids)), spans, texts)
-        else:
-            # It does not say where its tokens stand; nor do the options allowed with it ask.
-            is_text = [np.zeros(len(tokens), dtype=bool) for tokens in ids]
         # A template may have forgotten the BOS that the tokenizer opens every text with.
         return [
-            _Body(tokens, marks)
-            if tokens[: len(self.head)] == self.head
-            else self._opened(tokens, marks)
-            for tokens, marks in zip(ids, is_text, strict=True)
+            Piece(ids, places)
+            if ids[: len(self.head)] == self.head
+            else Piece(ids, places).behind(self.head)
+            for ids, places in zip(
+                encoded["input_ids"], self._places(encoded, texts, shown), strict=True
+            )
         ]
+
+    def _places(
+        self, encoded: Any, texts: Sequence[str], shown: Sequence[Sequence[Shown]]
+    ) -> list[np.ndarray]:
+        """Message and characters of every token of some renderings."""
+        ids = encoded["input_ids"]
+        if not self.tokenizer.is_fast:
+            # It does not say where its tokens stand; nor do the options allowed with it ask.
+            return [Piece.of_no_text(tokens).places for tokens in ids]
+        # Asked for with the ids, the offsets of all texts would stand in memory together.
+        offsets = (encoding.offsets for encoding in encoded.encodings)
+        return message_places(offsets, list(map(len, ids)), shown, texts)
 
     def _with_system(self, example: Example) -> list[Message]:
         if self.options.system_prompt is None:
@@ -365,10 +335,10 @@ class _Renderer:
             ) from error
         return [str(text) for text in texts]
 
-    def _text_spans(
+    def _shown_spans(
         self, text: str, messages: Sequence[Message], generation: bool, where: str
-    ) -> list[tuple[int, int]]:
-        """Where the example's own messages stand in their rendering."""
+    ) -> list[Shown]:
+        """Where the messages stand in their rendering."""
         literals, order = self._layout_of(messages, generation, where)
         spans = spans_between(text, literals, [messages[number].content for number in order])
         if spans is None:
@@ -377,10 +347,12 @@ class _Renderer:
                 "changes or drops some of the text, so text and template cannot be told apart; "
                 "use --no-chat-template"
             )
-        if self.options.system_prompt is None:
-            return spans
-        # The experimenter's frame, not the example's text.
-        return [span for span, number in zip(spans, order, strict=True) if number]
+        # A system prompt is the experimenter's frame, not the example's text.
+        before = 0 if self.options.system_prompt is None else 1
+        return [
+            Shown(span, number - before, messages[number].content.find(text[slice(*span)]))
+            for span, number in zip(spans, order, strict=True)
+        ]
 
     def _layout_of(
         self, messages: Sequence[Message], generation: bool, where: str
@@ -405,7 +377,7 @@ class _Renderer:
 
     # -- limits
 
-    def _fit(self, chunk: _Chunk, examples: Sequence[Example]) -> _Chunk:
+    def _fit(self, chunk: Inputs, examples: Sequence[Example]) -> Inputs:
         limit = self.facts.context_length
         lengths = np.diff(chunk.bounds)
         if limit is None or not (lengths > limit).any():
@@ -419,17 +391,17 @@ class _Renderer:
                     f"got {length}; shorten the text or pass --truncate to cut its end"
                 )
             start, stop = chunk.bounds[index : index + 2]
-            text = start + np.flatnonzero(chunk.parts[start:stop] == _TEXT)
+            text = start + np.flatnonzero(chunk.parts[start:stop] == TEXT)
             if len(text) <= length - limit:
                 raise PromptError(
                     f"{where}: expected the template and the answer to leave room for text within "
                     f"{limit} tokens, but they fill it; shorten the answer or the system prompt"
                 )
             keep[text[limit - length :]] = False
-        return _Chunk(chunk.ids[keep], chunk.parts[keep], chunk.owners[keep], chunk.count)
+        return chunk.only(keep)
 
-    def _check_one_bos(self, chunk: _Chunk, examples: Sequence[Example]) -> None:
-        before_end = chunk.parts != _END
+    def _check_one_bos(self, chunk: Inputs, examples: Sequence[Example]) -> None:
+        before_end = chunk.parts != END
         lengths = chunk.per_example(before_end)
         if not lengths.all():
             raise PromptError(
@@ -466,33 +438,49 @@ class _Renderer:
 
     # -- positions
 
-    def _keep(self, chunk: _Chunk, examples: Sequence[Example]) -> list[TokenizedPrompt]:
-        flat = np.flatnonzero(self._kept(chunk))
+    def _keep(self, chunk: Inputs, examples: Sequence[Example]) -> list[TokenizedPrompt]:
+        chunk.places[np.isin(chunk.ids, self.special)] = (NO_MESSAGE, 0, 0)
+        flat = np.flatnonzero(self._kept(chunk, examples))
         owners = chunk.owners[flat]
         counts = np.bincount(owners, minlength=chunk.count)
         if not counts.all():
-            raise PromptError(
-                f"{self._where(examples[int(counts.argmin())])}: expected text tokens to keep for "
-                f"--positions {self.positions}, got only special or template tokens; "
-                "remove the row"
-            )
+            raise self._none_kept(examples[int(counts.argmin())])
         kept = (flat - chunk.bounds[owners]).astype(np.int32)
-        # Views into two arrays of the chunk: an array's own header weighs as much as its numbers.
+        places = chunk.places[flat] if self.tells_places else None
+        # Views into arrays of the chunk: an array's own header weighs as much as its numbers.
         ids_at, kept_at = chunk.bounds.tolist(), [0, *np.cumsum(counts).tolist()]
         return [
-            TokenizedPrompt(chunk.ids[a:b], kept[c:d])
+            TokenizedPrompt(chunk.ids[a:b], kept[c:d], None if places is None else places[c:d])
             for (a, b), (c, d) in zip(pairwise(ids_at), pairwise(kept_at), strict=True)
         ]
 
-    def _kept(self, chunk: _Chunk) -> np.ndarray:
+    def _none_kept(self, example: Example) -> PromptError:
+        expected = f"{self._where(example)}: expected text tokens to keep for --positions"
+        if self.positions.by_place:
+            return PromptError(
+                f"{expected} {self.positions}, got none that it chooses; remove the row or choose "
+                "other positions"
+            )
+        return PromptError(
+            f"{expected} {self.positions}, got only special or template tokens; remove the row"
+        )
+
+    def _kept(self, chunk: Inputs, examples: Sequence[Example]) -> np.ndarray:
         """Which tokens' residuals are wanted; bool [tokens]."""
-        kept = np.zeros(len(chunk.ids), dtype=bool)
-        if self.positions is Positions.LAST:
-            kept[chunk.bounds[:-1] + chunk.per_example(chunk.parts != _END) - 1] = True
-        elif self.positions is Positions.ANSWER:
-            kept[chunk.parts == _ANSWER] = True
-        elif self.options.keep_special_tokens:
-            kept[:] = True
+        if self.positions == Positions.LAST:
+            kept = np.zeros(len(chunk.ids), dtype=bool)
+            kept[chunk.bounds[:-1] + chunk.per_example(chunk.parts != END) - 1] = True
+            return kept
+        if self.positions == Positions.ANSWER:
+            of_answer: np.ndarray = chunk.parts == ANSWER
+            return of_answer
+        if self.positions.by_place:
+            talks = [Conversation(example.messages, example.answer) for example in examples]
+            return select_tokens(self.positions, chunk.places, chunk.owners, talks)
+        if self.options.keep_special_tokens:
+            kept = np.ones(len(chunk.ids), dtype=bool)
         else:
-            kept[chunk.inside & ~np.isin(chunk.ids, self.special)] = True
+            kept = chunk.inside & ~np.isin(chunk.ids, self.special)
+        if self.positions.last_count is not None:
+            kept[kept] = last_tokens(chunk.owners[kept], self.positions.last_count)
         return kept

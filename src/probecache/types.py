@@ -1,6 +1,6 @@
 """The frozen records that pass between rooms, and the words that are written into files.
 
-Nothing here computes; nothing here imports beyond the standard library and NumPy.
+Nothing here computes; nothing here imports beyond the standard library, NumPy and `Positions`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from probecache.positions import Positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,20 +37,6 @@ DEFAULT_POSITIVE_CLASS = "deployment"
 Setting = bool | int | float | str | None  # of a model's config
 
 
-class Positions(StrEnum):
-    """Which tokens of an example are kept."""
-
-    LAST = "last"  # the last token: of the answer for pairs, of the rendered prompt otherwise
-    MEAN = "mean"  # one row, the mean over what `all` keeps
-    ALL = "all"  # every token of the text; BOS, special and template tokens left out
-    ANSWER = "answer"  # every token of the appended answer
-
-    @property
-    def one_row(self) -> bool:
-        """Whether an example gives exactly one row."""
-        return self in (Positions.LAST, Positions.MEAN)
-
-
 class Dtype(StrEnum):
     """The floating-point format that the model runs in and the rows are stored in."""
 
@@ -65,6 +53,8 @@ class Dtype(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # where a file holds it
 
     role: str
     content: str
@@ -95,10 +85,13 @@ class TokenizedPrompt:
     Attributes:
         ids: int32 [tokens], the whole input.
         kept: int32 [kept], indices into `ids` of the tokens whose residuals are wanted, rising.
+        places: int32 [kept, 3], the message and the characters of it that each of these stands for,
+            as in `selection.py`; None where one row is kept or the tokenizer cannot tell.
     """
 
     ids: NDArray[np.int32]
     kept: NDArray[np.int32]
+    places: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

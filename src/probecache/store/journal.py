@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from probecache.atomic import sync_folder, write_bytes
 from probecache.errors import StoreError
-from probecache.store.layout import UNFINISHED, Blueprint, Origin
+from probecache.store.layout import UNFINISHED, Blueprint, Origin, PositionsField
 from probecache.store.reader import read_manifest
 from probecache.store.seal import NO_SEAL, is_intact, seal_json
-from probecache.types import Dtype, Identity, Positions
+from probecache.types import Dtype, Identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ class Begun(BaseModel):
     layers: tuple[int, ...] = Field(min_length=1)
     examples: int = Field(ge=1)
     dtype: Dtype
-    positions: Positions
+    positions: PositionsField
     identity: Identity
     origin: Origin
     execution: dict[str, Any] = Field(default_factory=dict)

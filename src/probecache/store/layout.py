@@ -3,6 +3,12 @@
     CACHE/metadata.json                     one entry per example
     CACHE/layer_info.json                   the manifest; its presence makes the folder a cache
     CACHE/tokens.pt                         kept token ids, where an example keeps several tokens
+    CACHE/spans.pt                          what these stand for, int32 [rows, 4]: place of the
+                                            token in the input; its message, the appended answer
+                                            counting as one more behind them, -1 for template and
+                                            special tokens, -2 for the system prompt put first;
+                                            first character and end in that message's content
+                                            (0, 0 for template and special tokens)
     CACHE/layer_<L>/<prefix>_activations.pt one file per layer and class, rows in data order
     CACHE/layer_<L>/rows.crc32              CRC-32 of every example's rows, uint32 little-endian,
                                             class after class, examples in data order
@@ -20,18 +26,31 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    model_validator,
+)
 
+from probecache.errors import UsageError
+from probecache.selection import Conversation
 from probecache.store.seal import NO_SEAL, encode_json
 from probecache.store.tensorfile import FileRecord, file_bytes
-from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Positions
+from probecache.types import LAYER_CONVENTION, Dtype, Example, Identity, Message, Positions
 
 __all__ = [
     "LAYER_INFO",
     "METADATA",
     "ONLY_CONVENTION",
+    "OWN_TENSORS",
+    "SPANS",
     "TOKENS",
     "UNFINISHED",
     "Blueprint",
@@ -40,6 +59,7 @@ __all__ = [
     "LayerInfo",
     "Origin",
     "PlainRecord",
+    "PositionsField",
     "activations_path",
     "checksums_path",
     "class_prefixes",
@@ -47,7 +67,9 @@ __all__ = [
     "manifest_size",
 ]
 
-METADATA, LAYER_INFO, TOKENS = "metadata.json", "layer_info.json", "tokens.pt"
+METADATA, LAYER_INFO = "metadata.json", "layer_info.json"
+TOKENS, SPANS = "tokens.pt", "spans.pt"
+OWN_TENSORS = (TOKENS, SPANS)  # those that belong to no layer
 UNFINISHED = "unfinished"  # folder of an extraction that is not finished, in the cache's own
 _GUIDE_PREFIXES = {"testing": "test", "deployment": "deploy"}
 _PREFIX = r"^[A-Za-z0-9_-]{1,64}$"
@@ -57,6 +79,19 @@ ONLY_CONVENTION = f"^{re.escape(LAYER_CONVENTION)}$"
 _DEEPEST = 100_000  # no model has more blocks; a forged manifest may claim to
 # Room in the manifest for what is known at the end: counts of tokens, how prompts went through.
 _MANIFEST_SLACK = 2048
+
+
+def _as_positions(value: Any) -> Positions:
+    if not isinstance(value, str):
+        raise ValueError(f"positions are text, not {type(value).__name__}")
+    try:
+        return Positions(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+# A field of a manifest, written as its text.
+PositionsField = Annotated[Positions, PlainValidator(_as_positions), PlainSerializer(str)]
 
 
 class ClassRecord(BaseModel):
@@ -75,7 +110,7 @@ class ExampleRecord:
 
     `rows` is [start, stop) in the class's activation files; `n_tokens` counts the tokens that
     these rows stand for (1 for `last`), `input_tokens` what the model was fed, 0 where that is not
-    recorded.
+    recorded. `messages` are left out where they are one user turn, the question.
 
     A dataclass and no model: a cache may hold a million, and a model takes five times the memory.
     Its schema is checked where entries are read from a file.
@@ -91,11 +126,17 @@ class ExampleRecord:
         Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class"),
     ]
     question: str
+    messages: Annotated[tuple[Message, ...], Field(min_length=1)] | None = None
     answer: str | None = None
     category: str | None = None
     rows: tuple[int, int]
     n_tokens: Annotated[int, Field(ge=1)]
     input_tokens: Annotated[int, Field(ge=0)]
+
+    @property
+    def conversation(self) -> Conversation:
+        """What the example's tokens stand for."""
+        return Conversation(self.messages or (Message("user", self.question),), self.answer)
 
 
 class PlainRecord(BaseModel):
@@ -133,7 +174,7 @@ class LayerInfo(BaseModel):
     num_examples: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     dtype: Dtype
-    positions: Positions
+    positions: PositionsField
     layer_convention: str = Field(default=LAYER_CONVENTION, pattern=ONLY_CONVENTION)
     classes: dict[str, ClassRecord]
     identity: Identity
@@ -163,8 +204,12 @@ class LayerInfo(BaseModel):
         tokens = self.tensors.get(TOKENS)
         if (tokens is None) != self.positions.one_row:
             raise ValueError(f"positions {self.positions} do not go with the files recorded")
-        if tokens is not None and (tokens.shape != (rows,) or tokens.dtype != "int32"):
-            raise ValueError(f"{TOKENS} is recorded as {tokens.shape} {tokens.dtype}")
+        spans = self.tensors.get(SPANS)
+        if spans is not None and tokens is None:
+            raise ValueError(f"{SPANS} is recorded without {TOKENS}")
+        for name, found, shape in ((TOKENS, tokens, (rows,)), (SPANS, spans, (rows, 4))):
+            if found is not None and (found.shape != shape or found.dtype != "int32"):
+                raise ValueError(f"{name} is recorded as {found.shape} {found.dtype}")
         return self
 
     @model_validator(mode="after")
@@ -232,6 +277,7 @@ def lay_out(
                 group=example.group,
                 label=example.label,
                 question=example.question,
+                messages=_messages_to_tell(example),
                 answer=example.answer,
                 category=example.category,
                 rows=(start, stop),
@@ -244,6 +290,12 @@ def lay_out(
         for label, prefix in class_prefixes(tuple(counts)).items()
     }
     return classes, tuple(records)
+
+
+def _messages_to_tell(example: Example) -> tuple[Message, ...] | None:
+    """The messages, where the question does not tell them."""
+    told = (), (Message("user", example.question),)
+    return None if example.messages in told else example.messages
 
 
 def manifest_size(info: LayerInfo) -> int:
@@ -262,7 +314,8 @@ def manifest_size(info: LayerInfo) -> int:
 class Blueprint:
     """A cache before it is filled: everything but the numbers and how long they took.
 
-    `examples` are in data order; `layers` are those to be written now.
+    `examples` are in data order; `layers` are those to be written now; `tells_spans` says whether
+    it is known what the kept tokens stand for.
     """
 
     layers: tuple[int, ...]
@@ -273,11 +326,14 @@ class Blueprint:
     origin: Origin
     classes: dict[str, ClassRecord]
     examples: tuple[ExampleRecord, ...]
+    tells_spans: bool = False
 
     @cached_property
-    def keeps_tokens(self) -> bool:
-        """Whether the cache has a tokens.pt."""
-        return not self.positions.one_row
+    def own_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of the int32 tensors that belong to no layer: tokens.pt and spans.pt."""
+        if self.positions.one_row:
+            return {}
+        return {TOKENS: (self.rows,)} | ({SPANS: (self.rows, 4)} if self.tells_spans else {})
 
     @property
     def rows(self) -> int:
@@ -299,9 +355,9 @@ class Blueprint:
         entries = TypeAdapter(tuple[ExampleRecord, ...])
         return entries.dump_json(self.examples, indent=1, by_alias=True, exclude_none=True) + b"\n"
 
-    def tokens_bytes(self) -> int:
-        """Exact bytes of tokens.pt; 0 where there is none."""
-        return file_bytes((self.rows,), "int32") if self.keeps_tokens else 0
+    def own_tensors_bytes(self) -> int:
+        """Exact bytes of tokens.pt and spans.pt; 0 where there are none."""
+        return sum(file_bytes(shape, "int32") for shape in self.own_tensors.values())
 
     def manifest_bytes(self, identity: Identity) -> int:
         """Exact bytes of layer_info.json; the same before the weights are known and after."""
@@ -324,7 +380,7 @@ class Blueprint:
         """Exact bytes of the whole cache."""
         return (
             self.bytes_per_layer * len(self.layers)
-            + self.tokens_bytes()
+            + self.own_tensors_bytes()
             + len(self.metadata)
             + self.manifest_bytes(identity)
         )
@@ -339,9 +395,7 @@ class Blueprint:
             for layer in self.layers
             for record in self.classes.values()
         }
-        if self.keeps_tokens:
-            found[TOKENS] = ((self.rows,), "int32")
-        return found
+        return found | {name: (shape, "int32") for name, shape in self.own_tensors.items()}
 
     def files(self) -> dict[str, int]:
         """Relative path to exact bytes, of every file but the manifest."""

@@ -23,6 +23,8 @@ from probecache.foreign import json_items, read_json, read_text_bytes, require_s
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
+    OWN_TENSORS,
+    SPANS,
     TOKENS,
     UNFINISHED,
     ExampleRecord,
@@ -126,25 +128,44 @@ class Cache:
         label, layer = key
         return as_tensor(self._raw(label, layer), str(self.info.dtype))
 
-    def chunks(self, label: str, layer: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Rows of a class at a layer as float32 [rows, hidden], with the first row's number.
+    def chunks(
+        self, label: str, layer: int, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows of a class at a layer as float32 [rows, hidden], with the first one's number.
 
         Bounded memory: at most 64 MB of rows at a time.
+
+        Args:
+            rows: numbers of the wanted rows, rising; counted are then these. None: all.
         """
         raw = self._raw(label, layer)
         step = max(1, _CHUNK_BYTES // (4 * self.hidden_size))
-        for start in range(0, len(raw), step):
-            yield start, as_float32(raw[start : start + step], str(self.info.dtype))
+        for start in range(0, len(raw) if rows is None else len(rows), step):
+            part = slice(start, start + step)
+            yield start, as_float32(raw[part if rows is None else rows[part]], str(self.info.dtype))
 
     def tokens(self, label: str) -> np.ndarray | None:
         """Kept token ids of a class in row order, int32 [rows]; None where one row is kept."""
-        if TOKENS not in self.info.files:
+        return self._of_class(TOKENS, label)
+
+    def spans(self, label: str) -> np.ndarray | None:
+        """What the kept tokens of a class stand for, in row order, int32 [rows, 4].
+
+        Place of the token in the input, its message, first character and end in that message, as
+        `layout.py` has them. As a file holds them: nothing says that they lie in the texts.
+        None where one row is kept or nobody knows, as of an imported cache.
+        """
+        return self._of_class(SPANS, label)
+
+    def _of_class(self, file: str, label: str) -> np.ndarray | None:
+        """A class's part of a tensor that belongs to no layer; None where there is none."""
+        if file not in self.info.files:
             return None
-        ids = map_raw(self.path / TOKENS, self.info.tensors[TOKENS])
+        values = map_raw(self.path / file, self.info.tensors[file])
         start = 0
         for name, record in self.info.classes.items():
             if name == self._label(label):
-                return ids[start : start + record.rows]
+                return values[start : start + record.rows]
             start += record.rows
         raise AssertionError("unreachable: _label refuses unknown classes")
 
@@ -226,7 +247,7 @@ def open_cache(path: str | Path) -> Cache:
         )
     cache = Cache(path, read_manifest(path / LAYER_INFO, LayerInfo))
     for name, record in cache.info.tensors.items():
-        if name != TOKENS and name not in _declared(cache.info):
+        if name not in OWN_TENSORS and name not in _declared(cache.info):
             raise StoreError(f"expected only declared files in {path / LAYER_INFO}, got {name!r}")
         require_tensor_size(path / name, record)
     for name, plain in cache.info.files.items():

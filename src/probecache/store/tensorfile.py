@@ -39,7 +39,7 @@ __all__ = [
     "as_float32",
     "as_tensor",
     "data_offset",
-    "encode_tokens",
+    "encode_int32",
     "file_bytes",
     "frame",
     "lay_down",
@@ -86,12 +86,12 @@ def lay_down(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
     return data_offset(file)
 
 
-def encode_tokens(ids: np.ndarray) -> bytes:
-    """The `.pt` of token ids, int32 [rows]."""
+def encode_int32(values: np.ndarray) -> bytes:
+    """The `.pt` of whole numbers, such as token ids, as int32."""
     with tempfile.TemporaryFile() as file:
-        offset = lay_down(file, (len(ids),), "int32")
+        offset = lay_down(file, values.shape, "int32")
         file.seek(offset)
-        file.write(ids.astype("<i4").tobytes())
+        file.write(values.astype("<i4").tobytes())
         file.seek(0)
         return file.read()
 

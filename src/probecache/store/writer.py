@@ -37,6 +37,8 @@ from probecache.store.filling import FillingFile
 from probecache.store.journal import Begun, Unfinished, find_unfinished
 from probecache.store.layout import (
     METADATA,
+    OWN_TENSORS,
+    SPANS,
     TOKENS,
     Blueprint,
     LayerInfo,
@@ -44,7 +46,7 @@ from probecache.store.layout import (
     checksums_path,
 )
 from probecache.store.place import claimed_place
-from probecache.store.tensorfile import data_offset, encode_tokens
+from probecache.store.tensorfile import data_offset, encode_int32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -141,12 +143,21 @@ class CacheWriter:
                 file.start_over()
         self.record()
 
-    def write_tokens(self, ids: NDArray[np.int32]) -> None:
-        """Store the kept token ids: classes one after the other, rows within them in order."""
-        if self.blueprint.keeps_tokens and self.extends is None:
-            path = self.folder / TOKENS
+    def write_tokens(self, ids: NDArray[np.int32], spans: NDArray[np.int32] | None = None) -> None:
+        """Store the kept token ids: classes one after the other, rows within them in order.
+
+        Args:
+            spans: what these tokens stand for, [rows, 4], where the blueprint tells it.
+        """
+        if self.extends is not None:
+            return
+        values = {TOKENS: ids, SPANS: spans}
+        for name in self.blueprint.own_tensors:
+            path, tensor = self.folder / name, values[name]
+            if tensor is None:
+                raise ValueError(f"expected the numbers of {name}, which the blueprint tells")
             with file_named(path), open_own(path, new=True) as file:
-                file.write(encode_tokens(ids))
+                file.write(encode_int32(tensor))
                 sync_file(file)
 
     def record_now_and_then(self) -> bool:
@@ -193,6 +204,8 @@ class CacheWriter:
             hashes=hashes,
             offsets=offsets,
         )
+        if self.extends is not None:  # an earlier version's entries tell less, and stay as they are
+            info.files[METADATA] = self.extends.files[METADATA]
         self.close()
         write_bytes(self.unfinished.finished_path, encode_manifest(info))
         self.seconds += time.perf_counter() - started
@@ -215,8 +228,9 @@ class CacheWriter:
         """Lay down every file at its final size, or take up those that are there."""
         done = self.unfinished.done() if self.unfinished.laid_down else None
         if done is None:
-            with suppress(FileNotFoundError):
-                (self.folder / TOKENS).unlink()
+            for name in OWN_TENSORS:
+                with suppress(FileNotFoundError):
+                    (self.folder / name).unlink()
         for layer in self.blueprint.layers:
             _make_folder(self.folder / f"layer_{layer}")
             if done is not None:
@@ -308,17 +322,17 @@ class CacheWriter:
             checksums = self._checksums[layer].tobytes()
             hashes[checksums_path(layer)] = hashlib.sha256(checksums).hexdigest()
         if self.extends is not None:
-            tokens = self.extends.tensors.get(TOKENS)
             hashes[METADATA] = self.extends.files[METADATA].sha256
-            if tokens is not None:
-                offsets[TOKENS], hashes[TOKENS] = tokens.offset, tokens.sha256
+            for name in self.blueprint.own_tensors:
+                record = self.extends.tensors[name]
+                offsets[name], hashes[name] = record.offset, record.sha256
             return hashes, offsets
         write_bytes(self.folder / METADATA, self.blueprint.metadata)
         hashes[METADATA] = hashlib.sha256(self.blueprint.metadata).hexdigest()
-        if self.blueprint.keeps_tokens:
-            hashes[TOKENS] = sha256_of_file(self.folder / TOKENS)
-            with (self.folder / TOKENS).open("rb") as file:
-                offsets[TOKENS] = data_offset(file)
+        for name in self.blueprint.own_tensors:
+            hashes[name] = sha256_of_file(self.folder / name)
+            with (self.folder / name).open("rb") as file:
+                offsets[name] = data_offset(file)
         return hashes, offsets
 
 

@@ -27,7 +27,7 @@ from probecache.store.journal import Begun
 from probecache.store.place import finish_complete
 from probecache.store.reader import Cache, open_cache
 from probecache.store.writer import CacheWriter, open_writer, require_free_layers
-from probecache.types import Identity, Positions
+from probecache.types import Identity, Positions, TokenizedPrompt
 from probecache.workflow.execution import EngineName, Passage
 from probecache.workflow.pipe import Pipe
 from probecache.workflow.prepare import (
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from probecache.engine import Rows
 
-__all__ = ["Filling", "Took", "extract", "kept_tokens"]
+__all__ = ["Filling", "Took", "extract", "kept_spans", "kept_tokens"]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ class Filling:
 
     def fill(self, identity: Identity) -> Identity:
         """Run; return the identity with what is known of it only now."""
-        self._writer.write_tokens(kept_tokens(self._prepared))
+        spans = kept_spans(self._prepared) if self._writer.blueprint.tells_spans else None
+        self._writer.write_tokens(kept_tokens(self._prepared), spans)
         for passage in self._planned.passages:
             if not self._writer.done(passage.layers).all():
                 self._pass(passage, identity)
@@ -257,7 +258,7 @@ class Filling:
         run = Run(
             self._prepared.source,
             self._prepared.tree,
-            self._prepared.positions is Positions.MEAN,
+            self._prepared.positions == Positions.MEAN,
             self._execution,
             passage,
             self._writer.folder,
@@ -390,10 +391,27 @@ def _all_finite(values: torch.Tensor) -> bool:
 
 def kept_tokens(prepared: Preparation) -> np.ndarray:
     """Kept token ids, classes one after the other, in row order."""
-    by_class: dict[str, list[np.ndarray]] = {label: [] for label in prepared.dataset.labels}
+    return np.concatenate([prompt.ids[prompt.kept] for prompt in _by_class(prepared)])
+
+
+def kept_spans(prepared: Preparation) -> np.ndarray:
+    """What the kept tokens stand for, int32 [rows, 4], in the same order.
+
+    Place of the token in the input, its message, first character and end in that message.
+    """
+    pieces = []
+    for prompt in _by_class(prepared):
+        assert prompt.places is not None
+        pieces.append(np.column_stack([prompt.kept, prompt.places]))
+    return np.concatenate(pieces)
+
+
+def _by_class(prepared: Preparation) -> list[TokenizedPrompt]:
+    """The prompts, classes one after the other."""
+    by_class: dict[str, list[TokenizedPrompt]] = {label: [] for label in prepared.dataset.labels}
     for example, prompt in zip(prepared.dataset.examples, prepared.prompts, strict=True):
-        by_class[example.label].append(prompt.ids[prompt.kept])
-    return np.concatenate([ids for pieces in by_class.values() for ids in pieces])
+        by_class[example.label].append(prompt)
+    return [prompt for prompts in by_class.values() for prompt in prompts]
 
 
 def _peak_memory(model: LoadedModel) -> int:

@@ -245,6 +245,10 @@ def _require_positions(request: ImportRequest, old: OldCache, shape: OldShape) -
     """Positions that fit the files: one row per example, or several."""
     positions = request.positions
     assert positions is not None
+    if positions.by_place or positions.last_count is not None:
+        raise UsageError(
+            f"expected --positions last, mean, all or answer of a cache to import, got {positions}"
+        )
     if not old.per_example and not positions.one_row:
         raise UsageError(
             f"expected --positions last or mean for {old.folder}, whose files hold one row per "

@@ -27,7 +27,7 @@ from probecache.models import ModelOptions, ModelSource, open_model
 from probecache.prefixes import PrefixTree
 from probecache.prompts import PromptOptions, default_positions, fingerprint, tokenize_dataset
 from probecache.store.journal import find_unfinished
-from probecache.store.layout import LAYER_INFO, UNFINISHED, Blueprint, Origin, lay_out
+from probecache.store.layout import LAYER_INFO, SPANS, UNFINISHED, Blueprint, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
 from probecache.types import Identity, Positions, TokenizedPrompt
 from probecache.unrecorded import is_imported
@@ -264,13 +264,19 @@ def _blueprint(
         ),
         classes=classes,
         examples=records,
+        tells_spans=prompts[0].places is not None,
     )
 
 
 def missing(blueprint: Blueprint, existing: Cache | None) -> Blueprint:
     """The blueprint of those layers that are not cached yet."""
-    have = set(existing.layers) if existing else set()
-    return replace(blueprint, layers=tuple(x for x in blueprint.layers if x not in have))
+    if existing is None:
+        return blueprint
+    return replace(
+        blueprint,
+        layers=tuple(layer for layer in blueprint.layers if layer not in existing.layers),
+        tells_spans=SPANS in existing.info.files,
+    )
 
 
 def _bytes_to_write(blueprint: Blueprint, identity: Identity, existing: Cache | None) -> int:
@@ -359,7 +365,7 @@ def _known_layers(
     prepared: Preparation, existing: Cache | None, blueprint: Blueprint
 ) -> tuple[int, ...]:
     """Cached layers that hold every token of every prompt, so that the next block can go on."""
-    if existing is None or prepared.positions is not Positions.ALL:
+    if existing is None or prepared.positions != Positions.ALL:
         return ()
     if max(blueprint.layers, default=0) > prepared.source.independent_blocks:
         return ()

@@ -29,6 +29,7 @@ from probecache.store.journal import Begun, find_unfinished
 from probecache.store.layout import (
     LAYER_INFO,
     METADATA,
+    SPANS,
     TOKENS,
     ExampleRecord,
     LayerInfo,
@@ -37,11 +38,11 @@ from probecache.store.layout import (
 )
 from probecache.store.place import claimed_place, finish_complete
 from probecache.store.reader import read_manifest
-from probecache.store.tensorfile import encode_tokens
+from probecache.store.tensorfile import encode_int32
 from probecache.store.verify import Report, damaged_examples, verify
 from probecache.store.writer import CacheWriter, open_writer
 from probecache.unrecorded import is_imported
-from probecache.workflow.extract import Filling, Took, kept_tokens
+from probecache.workflow.extract import Filling, Took, kept_spans, kept_tokens
 from probecache.workflow.prepare import Plan, Preparation, prepare, work_out
 from probecache.workflow.resume import begin, stops_told
 
@@ -134,11 +135,13 @@ def _require_cache(
 def _write_small_files(
     path: Path, info: LayerInfo, prepared: Preparation, damaged: set[str]
 ) -> None:
-    """What follows from data and rows alone: entries, token ids, checksums of whole files."""
+    """What follows from data and rows alone: entries, token ids, their spans, checksums."""
     if METADATA in damaged:
         _write(path, info, METADATA, prepared.blueprint.metadata)
     if TOKENS in damaged:
-        _write(path, info, TOKENS, encode_tokens(kept_tokens(prepared)))
+        _write(path, info, TOKENS, encode_int32(kept_tokens(prepared)))
+    if SPANS in damaged:
+        _write(path, info, SPANS, encode_int32(kept_spans(prepared)))
     for layer in info.layers:
         files = {activations_path(layer, r.prefix) for r in info.classes.values()}
         if checksums_path(layer) in damaged and not files & damaged:
@@ -189,7 +192,9 @@ def _extract(
     finished: Callable[[Took], None] | None,
 ) -> None:
     _require_no_other(path, layers)
-    blueprint = replace(prepared.blueprint, layers=layers, origin=info.origin)
+    blueprint = replace(
+        prepared.blueprint, layers=layers, origin=info.origin, tells_spans=SPANS in info.files
+    )
     planned = work_out(prepared, None, blueprint, path)
     prepared.source.check_device()
     if announce is not None:
