@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,9 @@ from probecache.dataset import unlimited_csv_fields
 from probecache.errors import FitError, StoreError
 from probecache.foreign import csv_text, read_json, read_text_bytes
 from probecache.metrics import auroc
+from probecache.report.evidence import Evidence, read_evidence
+from probecache.report.fields import count, flag, number, optional, probability, shown, text
+from probecache.report.tokens import TOKEN_SCORES, TokenScores, token_scores
 
 __all__ = ["LayerResult", "LayerScores", "Validation", "read_validation", "shown"]
 
@@ -42,13 +43,13 @@ FACTS = (
     "layer_convention",
     "created",
 )
-# Marks that turn the reading direction of what follows: a text must not rearrange its neighbours.
-TURNING = {"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 AGAIN = "run `probecache validate` again"
 # The report shows three digits, so half of the last one is a difference that a reader could see.
 AUROC_TOLERANCE = 5e-4
 # A summary of a hundred layers has some 50 KB.
 MOST_BYTES = 64 << 20
+# Where a layer's table holds what was made of an example's tokens; else in "score".
+SCORE_COLUMNS = {"mean": "mean_score", "max": "max_score"}
 DEEPEST = 100_000  # no model has more blocks, and no axis is longer
 
 
@@ -70,8 +71,13 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One layer's examples, in the order of its file; all of length n."""
+    """One layer's examples, in the order of its file; all of length n.
 
+    `scores` are those that the AUROC is of: the mean over an example's tokens, or another
+    aggregate. `ids` are empty texts in a file without them.
+    """
+
+    ids: tuple[str, ...]
     questions: tuple[str, ...]
     classes: tuple[str, ...]
     scores: NDArray[np.float64]
@@ -84,7 +90,7 @@ class Validation:
 
     `facts` maps each of `FACTS` to its text, or None where it does not apply. `normalized` says
     that the scores are projections on unit vectors. `results` and `scores` hold the same layers,
-    in ascending order.
+    in ascending order. `tokens` is None where an example has one token, and in older validations.
     """
 
     folder: Path
@@ -97,6 +103,8 @@ class Validation:
     best_layer: int
     results: dict[int, LayerResult]
     scores: dict[int, LayerScores]
+    evidence: Evidence
+    tokens: TokenScores | None
 
     @property
     def best(self) -> LayerResult:
@@ -104,16 +112,8 @@ class Validation:
 
     @property
     def score_meaning(self) -> str:
-        """What a score is, as the end of a sentence."""
+        """What a token's score is, as the end of a sentence."""
         return f"projection on the {'unit' if self.normalized else 'raw'} direction"
-
-
-def shown(text: str, limit: int = 240) -> str:
-    """Text on one line cut to `limit`, without control characters, direction marks, surrogates."""
-    # Only the head is looked at: a prompt may be a whole document.
-    head = "".join(_visible(c) for c in text[: 4 * limit])
-    line = " ".join(head.split())
-    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
 def read_validation(folder: Path) -> Validation:
@@ -128,12 +128,14 @@ def read_validation(folder: Path) -> Validation:
         _check_format(summary)
         results = _layer_results(summary["layers"])
         best_layer = _member(summary["best_layer"], results)
-        positive_class = _text(summary["positive_class"])
-        negative_class = _text(summary["negative_class"])
-        facts = {name: _optional_text(summary.get(name)) for name in FACTS}
-        sizes = {_text(name): _count(size) for name, size in summary["classes"].items()}
-        normalized = _flag(summary["normalized"])
-        warnings = tuple(_text(warning) for warning in summary["warnings"])
+        positive_class = text(summary["positive_class"])
+        negative_class = text(summary["negative_class"])
+        facts = {name: optional(summary.get(name), text) for name in FACTS}
+        sizes = {text(name): count(size) for name, size in summary["classes"].items()}
+        normalized = flag(summary["normalized"])
+        warnings = tuple(text(warning) for warning in summary["warnings"])
+        evidence = read_evidence(summary, results)
+    column = SCORE_COLUMNS.get(evidence.aggregate, "score")
     return Validation(
         folder=folder,
         positive_class=positive_class,
@@ -145,20 +147,25 @@ def read_validation(folder: Path) -> Validation:
         best_layer=best_layer,
         results=results,
         scores={
-            n: _checked_scores(folder, result, positive_class, sizes)
+            n: _checked_scores(folder, result, positive_class, sizes, column)
             for n, result in results.items()
         },
+        evidence=evidence,
+        tokens=_token_scores(folder / TOKEN_SCORES),
     )
 
 
-def _visible(character: str) -> str:
-    if unicodedata.bidirectional(character) in TURNING:
-        return ""
-    category = unicodedata.category(character)
-    if category == "Cc":
-        return " "
-    unwritable = category == "Cs" or ord(character) & 0xFFFE == 0xFFFE  # XML has none of these
-    return "\N{REPLACEMENT CHARACTER}" if unwritable else character
+def _token_scores(path: Path) -> TokenScores | None:
+    """The prompts at both ends with their tokens, where the validation has saved them."""
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        got = getattr(error, "strerror", None) or error
+        raise StoreError(f"expected JSON in {path}, got: {got}; {AGAIN}") from error
+    with _malformed(path):
+        return token_scores(record)
 
 
 def _read_json(path: Path) -> Any:
@@ -210,57 +217,17 @@ def _layer_results(rows: Any) -> dict[int, LayerResult]:
 
 def _layer_result(row: Any) -> LayerResult:
     return LayerResult(
-        layer=_count(row["layer"]),
-        auroc=_share(row["auroc"]),
-        auroc_low=_share(row["auroc_low"]),
-        auroc_high=_share(row["auroc_high"]),
-        n_positive=_count(row["n_positive"]),
-        n_negative=_count(row["n_negative"]),
-        mean_positive=_number(row["mean_positive"]),
-        mean_negative=_number(row["mean_negative"]),
-        threshold=_optional_number(row.get("threshold")),
-        accuracy=None if row.get("accuracy") is None else _share(row["accuracy"]),
+        layer=count(row["layer"]),
+        auroc=probability(row["auroc"]),
+        auroc_low=probability(row["auroc_low"]),
+        auroc_high=probability(row["auroc_high"]),
+        n_positive=count(row["n_positive"]),
+        n_negative=count(row["n_negative"]),
+        mean_positive=number(row["mean_positive"]),
+        mean_negative=number(row["mean_negative"]),
+        threshold=optional(row.get("threshold"), number),
+        accuracy=optional(row.get("accuracy"), probability),
     )
-
-
-def _number(value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Not math.isfinite: it fails over an integer of hundreds of digits.
-    if not (number and -sys.float_info.max <= value <= sys.float_info.max):
-        raise ValueError(f"expected a finite number, got {shown(repr(value), 60)}")
-    return float(value)
-
-
-def _share(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError(f"expected a number from 0 to 1, got {shown(repr(value), 60)}")
-    return float(value)
-
-
-def _optional_number(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected a whole number from 0, got {shown(repr(value), 60)}")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {shown(repr(value), 60)}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text, got {shown(repr(value), 60)}")
-    return value
-
-
-def _optional_text(value: Any) -> str | None:
-    return None if value is None else _text(value)
 
 
 def _member(layer: Any, results: dict[int, LayerResult]) -> int:
@@ -269,21 +236,21 @@ def _member(layer: Any, results: dict[int, LayerResult]) -> int:
             f"expected best_layer to be one of {shown(str(list(results)), 120)}, "
             f"got {shown(repr(layer), 60)}"
         )
-    return _count(layer)
+    return count(layer)
 
 
 def _checked_scores(
-    folder: Path, result: LayerResult, positive_class: str, sizes: dict[str, int]
+    folder: Path, result: LayerResult, positive_class: str, sizes: dict[str, int], column: str
 ) -> LayerScores:
     path = folder / f"probe_stats_layer{result.layer}.csv"
-    scores = _read_scores(path, positive_class)
+    scores = _read_scores(path, positive_class, column)
     with _malformed(path):
         _check_against_summary(scores, result)
         _check_classes(scores, sizes)
     return scores
 
 
-def _read_scores(path: Path, positive_class: str) -> LayerScores:
+def _read_scores(path: Path, positive_class: str, column: str) -> LayerScores:
     with _malformed(path):
         try:
             content = io.BytesIO(read_text_bytes(path))
@@ -294,18 +261,22 @@ def _read_scores(path: Path, positive_class: str) -> LayerScores:
         # Lone surrogates cannot be written as UTF-8; the reader must not fall over one either.
         lines = io.TextIOWrapper(content, "utf-8", "surrogatepass", newline="")
         with unlimited_csv_fields():
-            return _layer_scores(lines, positive_class)
+            return _layer_scores(lines, positive_class, column)
 
 
-def _layer_scores(lines: Iterable[str], positive_class: str) -> LayerScores:
+def _layer_scores(lines: Iterable[str], positive_class: str, column: str) -> LayerScores:
     rows = csv.reader(lines, strict=True)
-    question, name, score = _columns(next(rows, []))
-    questions, classes, scores = [], [], []
+    header = next(rows, [])
+    question, name, score = _columns(header, column)
+    id_column = header.index("question_id") if "question_id" in header else None
+    ids, questions, classes, scores = [], [], [], []
     for row in rows:
+        ids.append("" if id_column is None else csv_text(row[id_column]))
         questions.append(csv_text(row[question]))
         classes.append(csv_text(row[name]))
         scores.append(float(row[score]))
     return LayerScores(
+        ids=tuple(ids),
         questions=tuple(questions),
         classes=tuple(classes),
         scores=np.array(scores, dtype=np.float64),
@@ -313,8 +284,8 @@ def _layer_scores(lines: Iterable[str], positive_class: str) -> LayerScores:
     )
 
 
-def _columns(header: list[str]) -> list[int]:
-    wanted = ("question", "type", "mean_score")
+def _columns(header: list[str], column: str) -> list[int]:
+    wanted = ("question", "type", column)
     missing = [name for name in wanted if name not in header]
     if missing:
         got = shown(", ".join(header), 120) or "none"
