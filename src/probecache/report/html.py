@@ -17,8 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from probecache.report.classes import ClassGroup, class_groups
-from probecache.report.plots import MOST_PANELS, THEMED, draw_for_phones
+from probecache.report.distributions import MOST_PANELS
+from probecache.report.plots import draw_for_page
 from probecache.report.saved import LayerResult, Validation, shown
+from probecache.report.style import THEMED
 
 __all__ = ["render_page"]
 
@@ -61,7 +63,7 @@ def render_page(validation: Validation, figures: dict[str, bytes]) -> str:
     groups = class_groups(validation)
     highest, lowest = _extremes(validation, groups)
     drawings = {name: data for name, data in figures.items() if name.endswith(".svg")}
-    drawings["score_distributions_narrow.svg"] = draw_for_phones(validation)
+    drawings.update(draw_for_page(validation))
     return environment.get_template("report.html.j2").render(
         v=validation,
         best=validation.best,
