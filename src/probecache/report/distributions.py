@@ -20,7 +20,14 @@ from probecache.report.fields import shown
 from probecache.report.saved import LayerResult, LayerScores, Validation
 from probecache.report.style import INK, MUTED, framed, margined, name_of
 
-__all__ = ["bin_edges", "layer_scores", "panel_layers", "score_distributions"]
+__all__ = [
+    "MOST_PANELS",
+    "bin_edges",
+    "histograms",
+    "layer_scores",
+    "panel_layers",
+    "score_distributions",
+]
 
 Floats = NDArray[np.float64]
 
@@ -68,7 +75,7 @@ def layer_scores(validation: Validation) -> Figure:
     axes = framed(figure)
     _score_panel(axes, validation.results[best], validation.scores[best], groups)
     axes.set_ylabel("prompts")
-    _class_legend(figure, groups, columns, f"Scores at layer {best}; dashed = training threshold")
+    _class_legend(figure, groups, columns, "Scores by class; dashed = training threshold")
     _score_label(figure, validation, narrow=False)
     return figure
 
@@ -99,10 +106,8 @@ def _score_panel(
 ) -> None:
     exponent = _exponent(layer.scores)
     scores = layer.scores / 10.0**exponent
-    edges = bin_edges(scores, min(result.n_positive, max(g.size for g in groups[:-1])))
-    for group in groups:
-        members = np.array([name in group.members for name in layer.classes])
-        counts, _ = np.histogram(scores[members], edges)
+    edges = bin_edges(scores, groups)
+    for group, counts in zip(groups, histograms(scores, layer.classes, edges, groups), strict=True):
         _histogram(axes, counts, edges, group, groups)
     axes.set_xlim(edges[0], edges[-1])
     if result.threshold is not None:
@@ -114,6 +119,14 @@ def _score_panel(
     if exponent:
         axes.text(1, 1, f"× 1e{exponent}", transform=axes.transAxes, ha="right", va="top",
                   color=MUTED, fontsize=8)  # fmt: skip
+
+
+def histograms(
+    scores: Floats, classes: tuple[str, ...], edges: Floats, groups: list[ClassGroup]
+) -> list[NDArray[Any]]:
+    """How many scores of each group fall into each bin."""
+    members = (np.array([name in group.members for name in classes]) for group in groups)
+    return [np.histogram(scores[mask], edges)[0] for mask in members]
 
 
 def _histogram(
@@ -136,7 +149,9 @@ def _exponent(scores: Floats) -> int:
     return max(-300, math.floor(math.log10(largest)))
 
 
-def bin_edges(scores: Floats, smaller_class: int) -> Floats:
+def bin_edges(scores: Floats, groups: list[ClassGroup]) -> Floats:
+    """The bins of all groups; the more prompts the smaller class has, the finer."""
+    smaller_class = min(groups[-1].size, max(group.size for group in groups[:-1]))
     low, high = float(scores.min()), float(scores.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) / 2 or 1.0

@@ -23,6 +23,7 @@ __all__ = [
     "optional",
     "probability",
     "shown",
+    "shown_lines",
     "text",
 ]
 
@@ -47,6 +48,12 @@ def shown(words: str, limit: int = 240) -> str:
     head = "".join(_visible(c) for c in words[: 4 * limit])
     line = " ".join(head.split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def shown_lines(words: str, limit: int) -> str:
+    """As `shown`, but spaces and line ends stay as they are; what is cut ends in an ellipsis."""
+    head = "".join(c if c == "\n" else _visible(c) for c in words[: 2 * limit])
+    return head if len(head) <= limit else head[: limit - 1] + "…"
 
 
 def _visible(character: str) -> str:

@@ -58,7 +58,8 @@ def auroc_by_layer(validation: Validation, narrow: bool = False) -> Figure:
     axes.set(xlim=x, ylim=y)
     layer_axis(axes, [result.layer for result in results])
     _names_of_lines(axes, lines, validation)
-    axes.set_ylabel("AUROC (0.5 = chance)")
+    if not narrow:
+        axes.set_ylabel("AUROC (0.5 = chance)")
     _legend(axes, narrow)
     return figure
 
@@ -134,10 +135,10 @@ def _apart(layers: list[int]) -> bool:
 
 
 def _figure(validation: Validation, labelled: bool, narrow: bool) -> Figure:
-    width = 4.0 if narrow else 6.4 if len(validation.results) == 1 else 8.4
-    top = 1.15 if narrow else 0.75
-    right = (1.35 if not narrow else 1.15) if labelled else 0.7
-    return margined(width, 4.6 if narrow else 4.3, (0.65, right, 0.6, top))
+    right = 1.5 if labelled else 0.7
+    if narrow:
+        return margined(4.0, 4.6, (0.4, right - 0.05, 0.6, 1.15))
+    return margined(8.4, 4.3, (0.65, right, 0.6, 0.75))
 
 
 def _random_band(axes: Any, validation: Validation) -> None:

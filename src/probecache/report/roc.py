@@ -78,12 +78,12 @@ def _roc_line(axes: Any, validation: Validation, result: LayerResult, colour: An
     )
 
 
-def thinned(fpr: Floats, tpr: Floats) -> tuple[Floats, Floats]:
+def thinned(fpr: Floats, tpr: Floats, most: int = MOST_CURVE_POINTS) -> tuple[Floats, Floats]:
     """The corners of the curve, and of very many corners an even choice: nobody sees more."""
     cross = np.diff(fpr)[:-1] * np.diff(tpr)[1:] - np.diff(fpr)[1:] * np.diff(tpr)[:-1]
     corners = np.flatnonzero(np.concatenate([[True], np.abs(cross) > 1e-12, [True]]))
-    if corners.size > MOST_CURVE_POINTS:
-        kept = np.linspace(0, corners.size - 1, MOST_CURVE_POINTS).round().astype(int)
+    if corners.size > most:
+        kept = np.linspace(0, corners.size - 1, most).round().astype(int)
         corners = corners[kept]
     return fpr[corners], tpr[corners]
 
