@@ -132,6 +132,7 @@ class Design:
         is_positive: bool [n], True for the class that a higher score means.
         groups: int [n], one number for examples that belong together, as a pair's members do.
         folds: int [n] from 0, or None where nothing is held out; groups should not straddle them.
+        nested: whether each two folds are left out, too, for `MethodFit.inner`.
 
     Raises:
         ShapeError: not of one length.
@@ -143,6 +144,7 @@ class Design:
     is_positive: NDArray[np.bool_]
     groups: NDArray[np.intp]
     folds: NDArray[np.intp] | None = None
+    nested: bool = True
 
     def __post_init__(self) -> None:
         kinds = {"is_positive": np.bool_, "groups": np.intp, "folds": np.intp}
@@ -182,10 +184,15 @@ class Design:
         return 0 if self.folds is None else int(self.folds.max()) + 1
 
     @property
+    def has_inner(self) -> bool:
+        """Whether something is left, and asked for, without two folds."""
+        return self.nested and self.n_folds > 2
+
+    @property
     def fold_sets(self) -> tuple[FoldSet, ...]:
-        """Folds to leave out, one after the other: each, and of three or more each two."""
+        """Folds to leave out, one after the other: each, and where nested each two."""
         numbers = range(self.n_folds)
-        pairs = combinations(numbers, 2) if self.n_folds > 2 else ()
+        pairs = combinations(numbers, 2) if self.has_inner else ()
         return (*((f,) for f in numbers), *pairs)
 
 
@@ -198,9 +205,9 @@ class MethodFit:
         held_out: float64 [n], or None without folds: each example's score by the probe fitted
             without its fold, that is the projection on its unit direction minus its threshold,
             averaged over the example's rows. NaN for an example without rows.
-        inner: float64 [folds, n], or None with fewer than three folds: inner[f, i] is the score of
-            example i, of another fold g, by the probe fitted without the folds f and g; NaN
-            where i is in f. What is chosen by row f has not seen fold f.
+        inner: float64 [folds, n], or None with fewer than three folds or where not nested:
+            inner[f, i] is the score of example i, of another fold g, by the probe fitted without
+            the folds f and g; NaN where i is in f. What is chosen by row f has not seen fold f.
     """
 
     probe: Probe
@@ -226,10 +233,10 @@ def held_out_and_inner(
     for g, members in _members(design.folds, design.n_folds):
         held_out[members] = scores[(g,)][members]
         for f in range(design.n_folds):
-            if f != g and design.n_folds > 2:
+            if f != g and design.has_inner:
                 found = scores[f, g] if (f, g) in scores else scores[g, f]
                 inner[f, members] = found[members]
-    return held_out, inner if design.n_folds > 2 else None
+    return held_out, inner if design.has_inner else None
 
 
 def _members(folds: NDArray[np.intp], count: int) -> Iterator[tuple[int, NDArray[np.intp]]]:

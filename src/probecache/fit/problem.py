@@ -61,6 +61,8 @@ class Problem:
     n_folds: int
     sums: FoldSums | None = None
     _gram: tuple[FoldSet, Floats] | None = field(init=False, default=None)
+    _kept_gram: tuple[FoldSet, Floats] | None = field(init=False, default=None)
+    _divided: dict[FoldSet, tuple[Ints, Ints]] = field(init=False, default_factory=dict)
     _path: tuple[FoldSet, RidgePath] | None = field(init=False, default=None)
 
     @classmethod
@@ -79,13 +81,19 @@ class Problem:
 
     def kept(self, left_out: FoldSet) -> Ints:
         """Rows that are fitted without some folds."""
-        if not left_out:
-            return np.arange(len(self.signs))
-        return np.flatnonzero(~np.isin(self.folds, left_out))
+        return self._parts(left_out)[0]
 
     def left(self, left_out: FoldSet) -> Ints:
         """Rows of some folds."""
-        return np.flatnonzero(np.isin(self.folds, left_out)) if left_out else np.empty(0, np.intp)
+        return self._parts(left_out)[1]
+
+    def _parts(self, left_out: FoldSet) -> tuple[Ints, Ints]:
+        if left_out not in self._divided:
+            left = np.zeros(len(self.signs), dtype=np.bool_)
+            for fold in left_out:
+                left |= self.folds == fold
+            self._divided[left_out] = np.flatnonzero(~left), np.flatnonzero(left)
+        return self._divided[left_out]
 
     def scale(self, left_out: FoldSet) -> Floats | None:
         """What rows are divided by, [hidden]."""
@@ -101,8 +109,12 @@ class Problem:
 
     def kept_gram(self, left_out: FoldSet) -> Floats:
         """The Gram matrix of the rows that are kept."""
-        kept = self.kept(left_out)
-        return self.gram(left_out)[np.ix_(kept, kept)] if left_out else self.gram(left_out)
+        if not left_out:
+            return self.gram(left_out)
+        if self._kept_gram is None or self._kept_gram[0] != left_out:
+            kept = self.kept(left_out)
+            self._kept_gram = left_out, self.gram(left_out)[np.ix_(kept, kept)]
+        return self._kept_gram[1]
 
     def shared_path(self) -> RidgePath:
         """Ridge on all rows, from which folds are left out in closed form."""
