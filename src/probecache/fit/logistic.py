@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from probecache.errors import FitError
 from probecache.fit.design import FoldSet
 from probecache.fit.problem import DualFit, Problem
+from probecache.fit.ridge_path import centred
 
 __all__ = ["fit_logistic", "newton"]
 
@@ -37,14 +38,16 @@ def fit_logistic(
         c: inverse strength of the penalty.
         start: a fit of more rows, near which the answer lies.
     """
-    kept = problem.kept(left_out)
+    kept, gram = problem.kept(left_out), problem.kept_gram(left_out)
     coefficients = np.zeros(len(problem.signs))
     begin = (coefficients[kept], 0.0)
     if start is not None:
-        begin = (start.coefficients[kept], start.intercept)
-    gram = problem.kept_gram(left_out)
-    coefficients[kept], intercept = newton(gram, problem.signs[kept], c, *begin)
-    return DualFit(coefficients, intercept, c)
+        near = start.coefficients[kept]
+        begin = (near, start.intercept + float(np.mean(gram @ near)))
+    # Centred for these rows: their mean would take digits from the intercept.
+    found, intercept = newton(centred(gram), problem.signs[kept], c, *begin)
+    coefficients[kept] = found
+    return DualFit(coefficients, intercept - float(np.mean(gram @ found)), c)
 
 
 def newton(
@@ -53,7 +56,7 @@ def newton(
     """Coefficients [n] and intercept of the optimum.
 
     Args:
-        gram: [n, n].
+        gram: [n, n], of centred rows.
         signs: +1 and -1, [n], both.
         c: inverse strength.
         coefficients, intercept: where to begin.
@@ -63,6 +66,9 @@ def newton(
     """
     a, b = coefficients, intercept
     projections = gram @ a
+    if not _better_than_nothing(a, projections, signs * (projections + b), c):
+        # From a start where all is saturated on the wrong side there is no way back.
+        a, b, projections = np.zeros(len(signs)), 0.0, np.zeros(len(signs))
     for _ in range(_MOST_STEPS):
         margins = signs * (projections + b)
         missing = _logistic(-margins)  # probability of the other class
@@ -83,6 +89,11 @@ def newton(
             "standardize the dimensions, or take a smaller strength (C)"
         )
     return a, b
+
+
+def _better_than_nothing(a: Floats, projections: Floats, margins: Floats, c: float) -> bool:
+    objective = a @ projections / 2 + c * np.logaddexp(0, -margins).sum()
+    return bool(objective < c * len(margins) * np.log(2))
 
 
 def _step(gram: Floats, weights: Floats, excess: Floats, total: float) -> tuple[Floats, float]:
