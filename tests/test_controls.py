@@ -7,8 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 
-from probecache.controls import bag_of_words_auroc, cross_validated_bag_of_words_auroc
+from probecache.controls import bag_of_words_auroc, cross_validated_bag_of_words_auroc, presence
+from probecache.controls.presence import Presence
 from probecache.errors import EmptyClassError, FitError, ShapeError
 from probecache.folds import assign_folds
 
@@ -260,7 +263,72 @@ def test_fewer_than_two_folds_and_missing_groups_are_refused():
         cross_validated_bag_of_words_auroc(["a"] * 8, balanced(6), range(8))
 
 
-def test_importing_the_module_does_not_import_scikit_learn():
-    code = "import sys, probecache.controls; print('sklearn' in sys.modules)"
+def by_scikit_learn(train, labels, test):
+    vectorizer = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", binary=True)
+    features = vectorizer.fit_transform(train)
+    model = LogisticRegression(class_weight="balanced", tol=1e-10, max_iter=10_000)
+    return model.fit(features, labels).decision_function(vectorizer.transform(test))
+
+
+@pytest.mark.parametrize("most_dense", [0, 1000], ids=["sparse", "dense"])
+@pytest.mark.parametrize("share", [0.5, 0.1], ids=["even", "uneven"])
+def test_decision_values_are_those_of_scikit_learn(monkeypatch, most_dense, share):
+    monkeypatch.setattr(presence, "MOST_DENSE", most_dense)
+    rng = np.random.default_rng(0)
+    labels = rng.random(150) < share
+    texts = [f"{text} rare{i} (A)" for i, text in enumerate(sentences(0, labels, "cue, of sorts"))]
+    texts[140:] = ["", "rare3", *texts[:4], *(f"{text} again" for text in texts[4:8])]
+    train, test = np.arange(100), np.arange(100, 150)
+    (found,) = Presence.of(texts).scores([(train, labels[:100], test)])
+    expected = by_scikit_learn(texts[:100], labels[:100], texts[100:])
+    assert expected.std() > 0.5
+    # What remains is the tolerance at which scikit-learn's solver stops.
+    tolerance = 1e-6 if most_dense else 5e-2
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def test_the_features_that_two_texts_share_are_counted():
+    texts = [*sentences(4, [True] * 70, "rare pair"), "", "one of a kind"]
+    words = Presence.of(texts)
+    vectorizer = CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", binary=True)
+    features = vectorizer.fit_transform(texts)
+    np.testing.assert_array_equal(words._kernel(), (features @ features.T).toarray())
+    sparse = words._sparse()
+    np.testing.assert_allclose((sparse @ sparse.T).toarray(), words._kernel(), rtol=1e-12)
+
+
+def test_equal_texts_tie_exactly():
+    labels = balanced(101)
+    texts = sentences(2, labels, "cue")
+    words = Presence.of([*texts, *[texts[0]] * 37])
+    train, test = np.arange(101), np.arange(101, 138)
+    (scores,) = words.scores([(train, np.array(labels), test)])
+    assert np.unique(scores).size == 1
+
+
+def test_texts_of_any_length_are_read_from_both_ends(monkeypatch):
+    monkeypatch.setattr(presence, "_MOST_WORDS", 0)
+    labels = balanced(40)
+    middle = " word" * 500
+    for where in ("cue {}", "{} cue"):
+        texts = [where.format(middle) if label else middle for label in labels]
+        assert cross_validated_bag_of_words_auroc(texts, labels, range(40)).auroc == 1.0
+
+
+@pytest.mark.parametrize("most_dense", [0, 1000], ids=["sparse", "dense"])
+@pytest.mark.parametrize("text", ["", "?!", "same words"])
+def test_texts_that_say_nothing_neither_warn_nor_fail(monkeypatch, recwarn, most_dense, text):
+    monkeypatch.setattr(presence, "MOST_DENSE", most_dense)
+    found = cross_validated_bag_of_words_auroc([text] * 30, balanced(30), range(30))
+    assert found.auroc == 0.5
+    assert not list(recwarn)
+
+
+def test_a_few_hundred_texts_are_fitted_without_scikit_learn():
+    code = (
+        "import sys; from probecache.controls import cross_validated_bag_of_words_auroc as words;"
+        "words([f'text {i}' for i in range(400)], [True, False] * 200, range(400));"
+        "print('sklearn' in sys.modules or 'scipy' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "False", found.stderr

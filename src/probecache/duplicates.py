@@ -40,7 +40,7 @@ _MOST_WORDS_AT_AN_END = 400
 _TEMPLATE_SHARE, _FEWEST_IN_TEMPLATE = 0.2, 12
 WINDOW = 60
 # What is spent at most: some seconds for either, reached only where thousands of texts share much.
-_MOST_PAIRS = 8_000_000
+_MOST_PAIRS = 6_000_000
 _MOST_LOOKUPS = 15_000_000
 _PAIRS_AT_ONCE = 100_000
 _LOOKUPS_AT_ONCE = 1_000_000
@@ -175,11 +175,14 @@ def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Ints, Ints]]:
     """Pairs of sets that share one of their rarest words, some of them several times.
 
     Two sets of Jaccard similarity t share a word among the first |a| - ceil(t |a|) + 1 of the one
-    and of the other, in any order that both are sorted by.
+    and of the other, in any order that both are sorted by: the first one that they share. As the
+    words of the template come last and the rest must be similar as well, it is among the first of
+    the rest too, which is what keeps a common template cheap.
     """
     sizes, owners = sets.sizes, sets.owners
-    # A little less than asked: a product such as 0.8 * 5 must not be rounded up to 5.
-    prefix = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
+    content = np.bincount(owners[~sets.in_template[sets.words]], minlength=sizes.size)
+    prefix = _prefix(sizes, threshold)
+    prefix = np.where(content > 0, np.minimum(prefix, _prefix(content, threshold)), prefix)
     early = np.arange(sets.words.size) - sets.starts[owners] < prefix[owners]
     kept = early & (sets.holders[sets.words] > 1)
     words, texts = sets.words[kept], owners[kept]
@@ -191,6 +194,12 @@ def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Ints, Ints]]:
             return
         first, second = texts[:-step][together], texts[step:][together]
         yield np.minimum(first, second), np.maximum(first, second)
+
+
+def _prefix(sizes: Ints, threshold: float) -> Ints:
+    # A little less than asked: a product such as 0.8 * 5 must not be rounded up to 5.
+    needed: Ints = np.ceil(threshold * sizes - 1e-9).astype(np.int64)
+    return sizes - needed + 1
 
 
 def _nearness(sets: _Sets) -> Ints:
@@ -213,12 +222,9 @@ class _Similarity:
         self._kinds = max(1, sets.holders.size)
         # Sorted, because texts follow one another and a text's words rise.
         self._held = sets.owners * self._kinds + sets.words
-        texts = sets.sizes.size
-        self._contents = np.bincount(
-            sets.owners, weights=self._content[sets.words], minlength=texts
-        )
-        bins = np.bincount(sets.owners * _BINS + sets.words % _BINS, minlength=texts * _BINS)
-        self._bins = bins.astype(np.int16).reshape(texts, _BINS)
+        content = self._content[sets.words]
+        self._contents = np.bincount(sets.owners[content], minlength=sets.sizes.size)
+        self._bins = _binned(sets, np.ones_like(content)), _binned(sets, content)
 
     def possible(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
         """The pairs, each once, that a look at the numbers of words in 64 bins does not rule out.
@@ -226,18 +232,19 @@ class _Similarity:
         Every word that only one of the two has changes one bin by one, so the bins' absolute
         differences add up to no more words than there are. Nine of ten pairs end here.
         """
-        sizes = self._sets.sizes
-        kept = []
-        for start in range(0, first.size, _PAIRS_AT_ONCE):
-            a, b = first[start : start + _PAIRS_AT_ONCE], second[start : start + _PAIRS_AT_ONCE]
-            apart = np.abs(self._bins[a] - self._bins[b]).sum(axis=1, dtype=np.int64)
-            total = sizes[a] + sizes[b]
-            near = self._reaches((total - apart) / 2, total)
-            kept.append(a[near] * sizes.size + b[near])
-        keys = np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=np.int64)
+        for bins, sizes in zip(self._bins, (self._sets.sizes, self._contents), strict=True):
+            near = np.zeros(first.size, dtype=np.bool_)
+            for start in range(0, first.size, _PAIRS_AT_ONCE):
+                part = slice(start, start + _PAIRS_AT_ONCE)
+                a, b = first[part], second[part]
+                apart = np.abs(bins[a] - bins[b]).sum(axis=1, dtype=np.int64)
+                total = sizes[a] + sizes[b]
+                near[part] = self._reaches((total - apart) / 2, total)
+            first, second = first[near], second[near]
+        keys = np.sort(first * self._sets.sizes.size + second)
         # Not np.unique: its hashing took 28 of 30 seconds on keys like these.
         keys = keys[np.append(True, np.diff(keys) > 0)] if keys.size else keys
-        return keys // sizes.size, keys % sizes.size
+        return keys // self._sets.sizes.size, keys % self._sets.sizes.size
 
     def __call__(self, first: Ints, second: Ints) -> Bools:
         """bool [pairs]."""
@@ -268,3 +275,10 @@ class _Similarity:
     def _reaches(self, shared: Numbers, total: Numbers) -> Bools:
         """Whether shared / union reaches the threshold; nothing at all is like nothing at all."""
         return np.asarray(shared >= self._threshold * (total - shared) - 1e-9, dtype=np.bool_)
+
+
+def _binned(sets: _Sets, counted: Bools) -> NDArray[np.int16]:
+    """[texts, bins] how many of the counted entries fall into each bin."""
+    at = sets.owners[counted] * _BINS + sets.words[counted] % _BINS
+    found = np.bincount(at, minlength=sets.sizes.size * _BINS)
+    return found.astype(np.int16).reshape(-1, _BINS)

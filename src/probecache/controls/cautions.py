@@ -60,7 +60,7 @@ _EXPLANATIONS = {
     ),
     "layer-0": (
         "The embeddings (layer 0) part the classes as well as the probe, before any block has run",
-        "Which tokens stand at the kept positions explains the score: balance them, or keep others.",
+        "Which tokens stand at the kept positions explains the score: balance or change them.",
     ),
     "shuffled-labels": (
         "Vectors trained on shuffled labels part the classes as well as the probe",
@@ -118,7 +118,7 @@ def _clear_of_chance(auroc: float, low: float, tests: int = 1) -> bool:
     """
     if low <= 0:
         return False
-    if auroc >= 1:
+    if auroc >= 1 or low >= 1:
         return low > _CHANCE
     logit, bound = (float(np.log(p / (1 - p))) for p in (auroc, low))
     stretch = normal_quantile(1 - _ALARMS / (2 * tests)) / normal_quantile((1 + _SHOWN) / 2)
@@ -180,9 +180,9 @@ def first_token_caution(share: float | None, mean_tokens: float) -> str | None:
     if share is None or mean_tokens < 4 or share <= limit:
         return None
     return (
-        f"The first kept token drives the scores: {share:.0%} of their variance between prompts, "
-        f"where an even share would be {1 / mean_tokens:.0%}. If it is BOS or a token of the "
-        "template, the mean tells little but how long a prompt is: extract again without it."
+        f"The first kept token drives the scores: {min(share, 1):.0%} of their variance between "
+        f"prompts, where an even share would be {1 / mean_tokens:.0%}. If it is BOS or a token of "
+        "the template, the mean tells little but how long a prompt is: extract again without it."
     )
 
 
