@@ -1,4 +1,4 @@
-"""python -m bench extract | stream | plan | gpu | cached; each takes --help.
+"""python -m bench extract | stream | plan | gpu | cached | probes; each takes --help.
 
 A benchmark is imported only when it is named: those that measure the memory of other processes must
 not be large themselves.
@@ -15,6 +15,7 @@ WHAT = {
     "plan": "the dry run over 100,000 prompts: seconds and memory",
     "gpu": "a 70B shape on one GPU against its matmul limit; an 8B shape streamed from disk",
     "cached": "the commands that work from a cache, as whole processes",
+    "probes": "fitting 80 layers with five methods, and a cache of 20 GB: seconds and memory",
 }
 
 

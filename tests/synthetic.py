@@ -12,11 +12,17 @@ import numpy as np
 import torch
 
 from probecache.dataset import load_dataset
+from probecache.fit import parse_methods
 from probecache.store.journal import Begun
 from probecache.store.layout import Blueprint, LayerInfo, Origin, lay_out
 from probecache.store.reader import Cache, open_cache
+from probecache.store.vectors import SavedVectors
 from probecache.store.writer import CacheWriter, open_writer
 from probecache.types import Dtype, Identity, Positions
+from probecache.workflow.train import TrainOptions
+from probecache.workflow.train import train as run_train
+from probecache.workflow.validate import ValidateOptions
+from probecache.workflow.validate import validate as run_validate
 
 IDENTITY = Identity(
     model="org/planted",
@@ -153,3 +159,24 @@ def stop_at_write(monkeypatch, number):
         write(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write", stopped)
+
+
+def train(cache, output, *, layers=None, source=None, **options) -> SavedVectors:
+    """Vectors of one method, the difference of means unless told otherwise."""
+    methods = parse_methods(options.pop("method", "dom"))
+    found = run_train(cache, output, TrainOptions(methods, **options), layers=layers, source=source)
+    (vectors,) = found.values()
+    return vectors
+
+
+def validate(cache, vectors, output, *, dataset=None, layers=None, source=None, **options):
+    """A validation of one method's vectors."""
+    return run_validate(
+        cache,
+        vectors,
+        output,
+        ValidateOptions(**options),
+        dataset=dataset,
+        layers=layers,
+        source=source,
+    )

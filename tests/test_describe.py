@@ -11,12 +11,11 @@ from datetime import datetime
 
 import pytest
 import torch
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, write_cache
 
 from probecache.errors import StoreError
 from probecache.store import describe as module
 from probecache.store.describe import describe
-from probecache.workflow.train import train
 
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")
 ROWS = torch.arange(5 * 6, dtype=torch.float32).reshape(5, 6)

@@ -6,13 +6,11 @@ import shutil
 
 import pytest
 from faults import Fault, tree_hash, trial
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, validate, write_cache
 from test_faults import moments
 from test_validate import RECORDS, planted
 
 from probecache.report import draw_report
-from probecache.workflow.train import train
-from probecache.workflow.validate import validate
 
 LAYERS = (3, 8)
 

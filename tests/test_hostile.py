@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import BLOCKS, FAMILIES, build
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, validate, write_cache
 
 import probecache
 from probecache.adapter import find_adapter
@@ -36,8 +36,7 @@ from probecache.store.describe import describe
 from probecache.store.reader import open_cache
 from probecache.store.tensorfile import data_offset
 from probecache.store.vectors import load_vectors
-from probecache.workflow.train import train
-from probecache.workflow.validate import require_output, validate
+from probecache.workflow.results import require_output
 
 LABELS = ["testing", "deployment"] * 3
 HIDDEN = 4

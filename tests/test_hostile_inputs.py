@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, validate, write_cache
 
 from probecache.dataset import load_dataset
 from probecache.errors import DataError, StoreError
@@ -27,8 +27,6 @@ from probecache.report.saved import read_validation
 from probecache.store.describe import describe
 from probecache.store.reader import open_cache
 from probecache.store.vectors import load_vectors
-from probecache.workflow.train import train
-from probecache.workflow.validate import validate
 
 LABELS = ["testing", "deployment"] * 3
 TOKENS = [2, 1, 3, 1, 1, 2]

@@ -16,14 +16,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, write_cache
 
 from probecache.checkpoint import indexed_files, read_header
 from probecache.errors import ModelError, NoDirectionError, StoreError
 from probecache.store.reader import WIDEST, open_cache
 from probecache.store.tensorfile import FileRecord, map_raw
 from probecache.store.vectors import load_vectors
-from probecache.workflow.train import train
 
 MB = 1 << 20
 SIZE = 10 * MB

@@ -9,14 +9,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from synthetic import labelled, write_cache
+from synthetic import labelled, train, validate, write_cache
 
 from probecache import cli, terminal
 from probecache.report import write_report
 from probecache.store.reader import open_cache
 from probecache.store.vectors import load_vectors
-from probecache.workflow.train import train
-from probecache.workflow.validate import validate
 
 PAYLOADS = {
     "a script": "</script><script>alert(1)</script>",

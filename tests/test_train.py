@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from synthetic import labelled, rows_of, write_cache
+from synthetic import labelled, rows_of, train, write_cache
 
 from probecache.errors import (
     EmptyClassError,
@@ -23,7 +23,6 @@ from probecache.errors import (
 )
 from probecache.store import reader
 from probecache.store.vectors import load_vectors
-from probecache.workflow.train import train
 
 HIDDEN = 16
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment", "testing")

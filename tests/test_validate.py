@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from synthetic import labelled, rows_of, write_cache
+from synthetic import labelled, rows_of, train, validate, write_cache
 
 from probecache.dataset import load_dataset
 from probecache.errors import (
@@ -22,8 +22,7 @@ from probecache.errors import (
     UsageError,
 )
 from probecache.report.saved import read_validation
-from probecache.workflow.train import train
-from probecache.workflow.validate import require_data, validate
+from probecache.workflow.belonging import require_data
 
 HIDDEN = 12
 LABELS = ("testing", "deployment", "deployment", "testing", "deployment", "testing", "deployment")
@@ -736,7 +735,7 @@ def test_an_earlier_validation_comes_back_when_the_next_one_cannot_be_put_in_its
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("probecache.workflow.validate.commit_folder", interrupted)
+    monkeypatch.setattr("probecache.workflow.results.commit_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
         validate(cache, vectors, output, layers=[8])
     assert content_of(output) == before

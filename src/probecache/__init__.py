@@ -16,12 +16,15 @@ from probecache import errors as errors
 
 if TYPE_CHECKING:
     from probecache.api import (
+        compare,
         extract,
         import_cache,
         plan_extraction,
         repair,
         train,
+        train_methods,
         validate,
+        validate_methods,
         verify,
     )
     from probecache.fit import fit_difference_of_means
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "SavedVectors",
+    "compare",
     "extract",
     "fit_difference_of_means",
     "import_cache",
@@ -39,13 +43,16 @@ __all__ = [
     "plan_extraction",
     "repair",
     "train",
+    "train_methods",
     "validate",
+    "validate_methods",
     "verify",
 ]
 
 _HOME = {
     "Cache": "probecache.store.reader",
     "SavedVectors": "probecache.store.vectors",
+    "compare": "probecache.api",
     "extract": "probecache.api",
     "fit_difference_of_means": "probecache.fit",
     "import_cache": "probecache.api",
@@ -54,7 +61,9 @@ _HOME = {
     "plan_extraction": "probecache.api",
     "repair": "probecache.api",
     "train": "probecache.api",
+    "train_methods": "probecache.api",
     "validate": "probecache.api",
+    "validate_methods": "probecache.api",
     "verify": "probecache.api",
 }
 

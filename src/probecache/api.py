@@ -1,59 +1,39 @@
 """The Python API: flat keyword arguments to the options that the workflow takes.
 
-With `model=` in place of `cache=`, `train` and `validate` extract into a temporary cache and go on
-from there: the same code and the same numbers, without the files.
+Here what runs a model or looks after a cache; fitting and scoring stand in `api_probes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probecache.api_arguments import (
-    Data,
-    Layers,
-    as_names,
-    cached_layers,
-    choice,
-    layer_numbers,
-    make_request,
-)
-from probecache.atomic import disk_errors_named, real_path, require_place, temporary_sibling
-from probecache.dataset import IN_MEMORY, load_dataset
-from probecache.errors import LayerError, MismatchError, UsageError
-from probecache.store.reader import Cache, open_cache
-from probecache.store.vectors import SavedVectors, load_vectors
-from probecache.types import DEFAULT_POSITIVE_CLASS, Positions
-from probecache.unrecorded import is_imported
-from probecache.workflow.train import require_class
-from probecache.workflow.train import train as train_on_cache
-from probecache.workflow.validate import (
-    Validation,
-    choose_layers,
-    require_data,
-    require_output,
-    require_scorable,
-)
-from probecache.workflow.validate import validate as validate_on_cache
+from probecache.api_arguments import Data, Layers, choice, make_request
+from probecache.api_probes import compare, train, train_methods, validate, validate_methods
+from probecache.dataset import IN_MEMORY
+from probecache.errors import UsageError
+from probecache.types import Positions
 
 if TYPE_CHECKING:
     from probecache.store.layout import LayerInfo
+    from probecache.store.reader import Cache
     from probecache.store.verify import Report
-    from probecache.types import Identity
     from probecache.workflow.extract import Took
     from probecache.workflow.import_old import ImportPlan
     from probecache.workflow.prepare import ExtractRequest, Plan
     from probecache.workflow.repair import Repair
 
 __all__ = [
+    "compare",
     "extract",
     "import_cache",
     "plan_extraction",
     "repair",
     "train",
+    "train_methods",
     "validate",
+    "validate_methods",
     "verify",
 ]
 
@@ -224,110 +204,6 @@ def plan_extraction(
     return plan(make_request(model=model, data=data, **options), output)
 
 
-def train(
-    *,
-    output: str | Path,
-    cache: str | Path | Cache | None = None,
-    model: str | None = None,
-    data: Data | None = None,
-    layers: Layers | None = None,
-    positive_class: str = DEFAULT_POSITIVE_CLASS,
-    **extraction: Any,
-) -> SavedVectors:
-    """Fit a difference-of-means direction per layer.
-
-    Args:
-        output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
-        cache: a cache's folder; or leave it out and give `model` and `data`.
-        model: folder or hub id of the model to run instead.
-        data: what to run the model over, or what the cache was made from (checked).
-        layers: which layers; None or "all": all that are cached and have a direction.
-        positive_class: the class that a higher score means.
-        extraction: with `model`: further arguments of `extract`.
-
-    Returns:
-        The normalised vectors; `.path.parent` is the run's folder.
-
-    Raises:
-        ProbecacheError: see `extract`; or layers or classes that the cache does not hold.
-    """
-
-    def accept(_identity: Identity, classes: Sequence[str]) -> None:
-        require_class(positive_class, classes, "--data")
-
-    if model is not None:
-        require_place(Path(output))
-    with _source(cache, model, data, layers, extraction, Path(output), accept) as (opened, name):
-        if cache is not None and data is not None:
-            require_data(opened, load_dataset(data))
-        return train_on_cache(
-            opened,
-            output,
-            layers=cached_layers(layers, opened),
-            positive_class=positive_class,
-            source=name,
-        )
-
-
-def validate(
-    *,
-    vectors: str | Path | SavedVectors,
-    output: str | Path,
-    cache: str | Path | Cache | None = None,
-    model: str | None = None,
-    data: Data | None = None,
-    layers: Layers | None = None,
-    visualize: bool = False,
-    allow_mismatch: Collection[str] = (),
-    **extraction: Any,
-) -> Validation:
-    """Score prompts with vectors: statistics per prompt, AUROC per layer, report.
-
-    Args:
-        vectors: RUN/normalized_vectors or RUN/vectors.
-        output: folder to write; an earlier validation there is replaced.
-        cache: a cache's folder; or leave it out and give `model` and `data`.
-        data: what the cache was made from (checked), or what to run the model over.
-        layers: which of the vectors' layers; None: all.
-        visualize: plots and report.html too.
-        allow_mismatch: identity fields in which vectors and cache may differ.
-        extraction: with `model`: further arguments of `extract`; dtype, system prompt, chat
-            template, the date it is told and keep_special_tokens are by default those that the
-            vectors were made with.
-
-    Raises:
-        ProbecacheError: see `extract`; or vectors, cache and data that do not belong together.
-    """
-    loaded = vectors if isinstance(vectors, SavedVectors) else load_vectors(vectors)
-    allowed = as_names(allow_mismatch)
-    scored: tuple[int, ...] = ()
-    if model is not None:
-        given = {name: value for name, value in extraction.items() if value is not None}
-        extraction = {**_as_trained(loaded), **given}
-        require_output(Path(output))
-        scored = choose_layers(
-            loaded, layer_numbers(layers, loaded.info.identity.num_hidden_layers)
-        )
-
-    def accept(identity: Identity, classes: Sequence[str]) -> None:
-        require_scorable(loaded, identity, classes, f"model {model}", scored, allowed)
-
-    with (
-        _layers_of_vectors(loaded, model) if model is not None else nullcontext(),
-        _source(cache, model, data, scored, extraction, Path(output), accept) as (opened, name),
-    ):
-        return validate_on_cache(
-            opened,
-            loaded,
-            output,
-            dataset=load_dataset(data) if data is not None else None,
-            layers=cached_layers(layers, opened),
-            visualize=visualize,
-            allow_mismatch=allowed,
-            source=name,
-        )
-
-
 def repair(
     path: str | Path,
     *,
@@ -386,70 +262,3 @@ def verify(path: str | Path) -> Report:
     from probecache.store.verify import verify as run
 
     return run(path)
-
-
-@contextmanager
-def _source(
-    cache: str | Path | Cache | None,
-    model: str | None,
-    data: Data | None,
-    layers: Layers | None,
-    extraction: dict[str, Any],
-    output: Path,
-    accept: Callable[[Identity, Sequence[str]], None],
-) -> Iterator[tuple[Cache, str | None]]:
-    """The cache to work on, and how to call it where its path means nothing to a reader.
-
-    A cache that is not kept is built beside the output, which is where the user has room.
-    """
-    if (cache is None) == (model is None):
-        raise UsageError(
-            f"expected either --cache or --model, got {'neither' if cache is None else 'both'}"
-        )
-    if cache is not None:
-        unused = {"quiet", "announce"}  # what only tells or hushes does no harm
-        given = sorted(n for n, v in extraction.items() if v is not None and n not in unused)
-        if given:
-            raise UsageError(
-                f"expected {', '.join(given)} with --model only, got it with --cache, where the "
-                "activations are already made; leave it out"
-            )
-        yield cache if isinstance(cache, Cache) else open_cache(cache), None
-        return
-    if data is None:
-        raise UsageError("expected --data with --model, got none; name the prompts to run it over")
-    from probecache.workflow.extract import extract as run
-
-    options = {name: value for name, value in extraction.items() if value is not None}
-    announce = options.pop("announce", None)
-    request = make_request(
-        model=str(model), data=data, layers="all" if layers is None else layers, **options
-    )
-    with disk_errors_named(output), temporary_sibling(real_path(output)) as folder:
-        yield run(request, folder / "cache", announce, accept), "(not kept)"
-
-
-@contextmanager
-def _layers_of_vectors(vectors: SavedVectors, model: str | None) -> Iterator[None]:
-    """Tell a model that is too shallow for some vectors as what it is."""
-    try:
-        yield
-    except LayerError as error:
-        raise MismatchError(
-            f"Vectors {vectors.path} do not belong to model {model}: {error}; the vectors are of "
-            f"{vectors.info.identity.model}"
-        ) from error
-
-
-def _as_trained(vectors: SavedVectors) -> dict[str, Any]:
-    """Options that render and run prompts as those that the vectors were trained on."""
-    identity = vectors.info.identity
-    if is_imported(identity):  # how its prompts were rendered is not recorded
-        return {"dtype": identity.dtype}
-    return {
-        "dtype": identity.dtype,
-        "system_prompt": identity.system_prompt,
-        "chat_template": identity.chat_template is not None,
-        "default_date": identity.template_date,
-        "keep_special_tokens": identity.special_tokens_kept,
-    }

@@ -10,7 +10,9 @@ from typing import Any
 
 import typer
 
-from probecache.cli_commands import Stopped, app
+# In this order --help lists the commands.
+from probecache import cli_extraction, cli_probes, cli_commands  # noqa: F401 isort:skip
+from probecache.cli_app import Stopped, app
 from probecache.errors import ProbecacheError, UsageError, one_line, printable
 from probecache.stopping import listening
 

@@ -1,297 +1,33 @@
-"""The commands of the command line: arguments to one call, and what is printed of its result.
+"""The commands on folders that are there, and those around the workflow.
 
 Imports nothing heavy until a command runs, so that --help and argument errors answer at once.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from probecache.cli_app import app, stops_told
 from probecache.cli_options import (
-    AdapterOption,
-    AllowOption,
-    BatchOption,
-    DataOption,
-    DateOption,
-    DeviceMapOption,
     DeviceOption,
-    DtypeOption,
     EngineOption,
-    KeepSpecialOption,
-    LayersOption,
-    MaybeCache,
-    MaybeData,
-    MaybeLayers,
-    MaybeModel,
     MemoryOption,
-    ModelOption,
     NonFiniteOption,
-    NoSharingOption,
-    NoTemplateOption,
-    PositionsOption,
     QuietOption,
-    RevisionOption,
-    SystemOption,
-    TruncateOption,
 )
-from probecache.errors import Interrupted, UsageError, printable
+from probecache.errors import UsageError, printable
 from probecache.terminal import (
     print_cache,
     print_import,
-    print_plan,
     print_repair,
     print_report,
     print_start,
-    print_validation,
-    print_vectors,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from probecache.workflow.extract import Took
-
-__all__ = ["Stopped", "app"]
-
-app = typer.Typer(
-    name="probecache",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-class Stopped(Exception):
-    """An extraction was stopped; says how to go on. Typer would swallow the original."""
-
-
-@contextmanager
-def _stops_told() -> Iterator[None]:
-    try:
-        yield
-    except Interrupted as stop:
-        raise Stopped(str(stop)) from stop
-
-
-# ---------------------------------------------------------------- commands
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
-
-        print(f"probecache {version('probecache')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
-) -> None:
-    """Run a language model once, cache its activations, fit and validate probes in seconds."""
-
-
-@app.command()
-def extract(
-    model: ModelOption,
-    data: DataOption,
-    output: Annotated[Path, typer.Option("--output", help="The cache's folder.")],
-    layers: LayersOption = "all",
-    dtype: DtypeOption = None,
-    positions: PositionsOption = None,
-    system_prompt: SystemOption = None,
-    no_chat_template: NoTemplateOption = False,
-    keep_special_tokens: KeepSpecialOption = False,
-    truncate: TruncateOption = False,
-    template_date: DateOption = None,
-    revision: RevisionOption = None,
-    adapter: AdapterOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchOption = None,
-    engine: EngineOption = None,
-    memory: MemoryOption = None,
-    no_shared_prefixes: NoSharingOption = False,
-    allow_nonfinite: NonFiniteOption = False,
-    allow_mismatch: AllowOption = None,
-    quiet: QuietOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
-    ] = False,
-) -> None:
-    """Run a model over prompts and cache its residual stream.
-
-    Into an existing cache of the same model and data only the missing layers are added.
-    """
-    from probecache import api
-
-    options = {
-        "model": model,
-        "data": data,
-        "output": output,
-        "layers": layers,
-        "allow_nonfinite": allow_nonfinite,
-        "allow_mismatch": allow_mismatch or (),
-        **_extraction(locals()),
-    }
-    if dry_run:
-        print_plan(api.plan_extraction(**options))
-        return
-    took: list[Took] = []
-    with _stops_told():
-        cache = api.extract(**options, announce=print_start, finished=took.append)
-    print_cache(cache, took[0] if took else None)
-
-
-@app.command()
-def plan(
-    model: ModelOption,
-    data: DataOption,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="Where the cache would be; what it holds already is not counted."
-        ),
-    ] = None,
-    layers: LayersOption = "all",
-    dtype: DtypeOption = None,
-    positions: PositionsOption = None,
-    system_prompt: SystemOption = None,
-    no_chat_template: NoTemplateOption = False,
-    keep_special_tokens: KeepSpecialOption = False,
-    truncate: TruncateOption = False,
-    template_date: DateOption = None,
-    revision: RevisionOption = None,
-    adapter: AdapterOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchOption = None,
-    engine: EngineOption = None,
-    memory: MemoryOption = None,
-    no_shared_prefixes: NoSharingOption = False,
-) -> None:
-    """Print what an extraction would cost.
-
-    Tokens, exact bytes on disk, bytes of weights to read, memory. Reads no weights, writes nothing.
-    """
-    from probecache import api
-
-    options = _extraction(locals())
-    print_plan(api.plan_extraction(model=model, data=data, output=output, layers=layers, **options))
-
-
-@app.command()
-def train(
-    output: Annotated[
-        Path, typer.Option("--output", help="The run's path; _<YYYYmmdd_HHMMSS> is added.")
-    ],
-    cache: MaybeCache = None,
-    model: MaybeModel = None,
-    data: MaybeData = None,
-    layers: MaybeLayers = None,
-    positive_class: Annotated[
-        str, typer.Option("--positive-class", help="The class that a higher score means.")
-    ] = "deployment",
-    dtype: DtypeOption = None,
-    positions: PositionsOption = None,
-    system_prompt: SystemOption = None,
-    no_chat_template: NoTemplateOption = False,
-    keep_special_tokens: KeepSpecialOption = False,
-    truncate: TruncateOption = False,
-    template_date: DateOption = None,
-    revision: RevisionOption = None,
-    adapter: AdapterOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchOption = None,
-    engine: EngineOption = None,
-    memory: MemoryOption = None,
-    no_shared_prefixes: NoSharingOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Fit a direction per layer from a cache, or from a model.
-
-    The direction is mean(positive class) - mean(the others), accumulated in float64.
-    """
-    from probecache import api
-
-    vectors = api.train(
-        output=output,
-        cache=cache,
-        model=model,
-        data=data,
-        layers=layers,
-        positive_class=positive_class,
-        **_announced(locals()),
-    )
-    print_vectors(vectors)
-
-
-@app.command()
-def validate(
-    vectors: Annotated[
-        Path, typer.Option("--vectors", help="RUN/normalized_vectors (or RUN/vectors).")
-    ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", help="Folder to write; an earlier validation there is replaced."),
-    ],
-    cache: MaybeCache = None,
-    model: MaybeModel = None,
-    data: MaybeData = None,
-    layers: MaybeLayers = None,
-    visualize: Annotated[
-        bool, typer.Option("--visualize", help="Write plots (PNG, SVG) and report.html too.")
-    ] = False,
-    allow_mismatch: AllowOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16 [default: the vectors']."),
-    ] = None,
-    positions: PositionsOption = None,
-    system_prompt: SystemOption = None,
-    no_chat_template: NoTemplateOption = False,
-    keep_special_tokens: KeepSpecialOption = False,
-    truncate: TruncateOption = False,
-    template_date: DateOption = None,
-    revision: RevisionOption = None,
-    adapter: AdapterOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    batch_tokens: BatchOption = None,
-    engine: EngineOption = None,
-    memory: MemoryOption = None,
-    no_shared_prefixes: NoSharingOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Score prompts with vectors: AUROC per layer, plots.
-
-    Writes statistics per prompt and layer, a summary, and with --visualize plots and a report.
-    """
-    from probecache import api
-
-    result = api.validate(
-        vectors=vectors,
-        output=output,
-        cache=cache,
-        model=model,
-        data=data,
-        layers=layers,
-        visualize=visualize,
-        allow_mismatch=allow_mismatch or (),
-        **_announced(locals()),
-    )
-    print_validation(result)
+__all__ = ["demo", "import_", "info", "make_validation", "verify"]
 
 
 @app.command()
@@ -342,7 +78,7 @@ def verify(
         report = api.verify(path)
         print_report(report)
     else:
-        with _stops_told():
+        with stops_told():
             repaired = api.repair(path, announce=print_start, quiet=quiet, **given)
         print_repair(repaired)
         report = repaired.after
@@ -450,38 +186,3 @@ def demo(
     from probecache.demo import run_demo
 
     run_demo(output)
-
-
-# ---------------------------------------------------------------- arguments
-
-
-def _extraction(given: dict[str, Any]) -> dict[str, Any]:
-    """The extraction options among a command's arguments; None where a flag was not given."""
-    names = (
-        "dtype",
-        "positions",
-        "system_prompt",
-        "keep_special_tokens",
-        "truncate",
-        "template_date",
-        "revision",
-        "adapter",
-        "device",
-        "device_map",
-        "batch_tokens",
-        "engine",
-        "memory",
-        "quiet",
-    )
-    options = {name: given[name] for name in names if given.get(name) not in (None, False)}
-    if given["no_chat_template"]:
-        options["chat_template"] = False
-    if given["no_shared_prefixes"]:
-        options["share_prefixes"] = False
-    return options
-
-
-def _announced(given: dict[str, Any]) -> dict[str, Any]:
-    """The same for a command that extracts only where a model is given."""
-    options = _extraction(given)
-    return {**options, "announce": print_start} if given["model"] is not None else options

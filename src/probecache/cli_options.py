@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ __all__ = [
     "MaybeLayers",
     "MaybeModel",
     "MemoryOption",
+    "MethodOption",
     "ModelOption",
     "NoSharingOption",
     "NoTemplateOption",
@@ -31,8 +32,10 @@ __all__ = [
     "PositionsOption",
     "QuietOption",
     "RevisionOption",
+    "SelectionOption",
     "SystemOption",
     "TruncateOption",
+    "extraction_options",
 ]
 
 ModelOption = Annotated[
@@ -74,6 +77,21 @@ PositionsOption = Annotated[
         "--positions",
         help="Tokens to keep: last, mean, all, answer, last-K, role:user (assistant, system), "
         "match:REGEX or chars:START-STOP [default: last for pairs, else all].",
+    ),
+]
+SelectionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--positions",
+        help="Of a cache of all: tokens to use; with --model: tokens to keep [default: as kept].",
+    ),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="difference-of-means, logistic, lda, ridge or pca; repeat, or part by commas "
+        "[default: difference-of-means].",
     ),
 ]
 SystemOption = Annotated[
@@ -142,3 +160,29 @@ NonFiniteOption = Annotated[
     typer.Option("--allow-nonfinite", help="Keep NaN and Inf, counted, instead of stopping."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def extraction_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The extraction options among a command's arguments; None where a flag was not given."""
+    names = (
+        "dtype",
+        "positions",
+        "system_prompt",
+        "keep_special_tokens",
+        "truncate",
+        "template_date",
+        "revision",
+        "adapter",
+        "device",
+        "device_map",
+        "batch_tokens",
+        "engine",
+        "memory",
+        "quiet",
+    )
+    options = {name: given[name] for name in names if given.get(name) not in (None, False)}
+    if given["no_chat_template"]:
+        options["chat_template"] = False
+    if given["no_shared_prefixes"]:
+        options["share_prefixes"] = False
+    return options

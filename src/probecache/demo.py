@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probecache import api
-from probecache.controls import bag_of_words_auroc, cross_validated_bag_of_words_auroc
-from probecache.dataset import load_dataset
 from probecache.errors import OutputError
 from probecache.shipped import shipped
-from probecache.types import DEFAULT_POSITIVE_CLASS
+from probecache.terminal import print_findings
 
 if TYPE_CHECKING:
-    from probecache.metrics import AurocEstimate
     from probecache.workflow.validate import Validation
 
 __all__ = ["run_demo"]
@@ -50,8 +47,8 @@ def run_demo(output: Path) -> Validation:
         model=model, data=pairs, layers=_LAYERS, output=folder / "cache_contrastive"
     )
     print("2/4  Running the model over the validation prompts ...")
-    validation = api.extract(
-        model=model, data=prompts, layers=_LAYERS, output=folder / "cache_validation"
+    validation = api.extract(  # with layer 0, one of the baselines
+        model=model, data=prompts, layers="all", output=folder / "cache_validation"
     )
     print("3/4  Training a direction per layer from the first cache ...")
     vectors = api.train(cache=contrastive, output=folder / "run")
@@ -63,7 +60,7 @@ def run_demo(output: Path) -> Validation:
         output=folder / "validation",
         visualize=True,
     )
-    _print_result(result, _baselines(pairs, prompts))
+    _print_result(result)
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at:")
     for what, path in (
         ("the report", result.path / "report.html"),
@@ -76,25 +73,7 @@ def run_demo(output: Path) -> Validation:
     return result
 
 
-def _baselines(pairs: Path, prompts: Path) -> dict[str, AurocEstimate]:
-    """What words alone achieve on the validation prompts, by what they were trained on."""
-    train, test = load_dataset(pairs), load_dataset(prompts)
-    texts = [example.question for example in test.examples]
-    is_positive = [example.label == DEFAULT_POSITIVE_CLASS for example in test.examples]
-    return {
-        "the same pairs": bag_of_words_auroc(
-            [f"{example.question} {example.answer}" for example in train.examples],
-            [example.label == DEFAULT_POSITIVE_CLASS for example in train.examples],
-            texts,
-            is_positive,
-        ),
-        "these prompts, cross-validated": cross_validated_bag_of_words_auroc(
-            texts, is_positive, [example.group for example in test.examples]
-        ),
-    }
-
-
-def _print_result(result: Validation, words: dict[str, AurocEstimate]) -> None:
+def _print_result(result: Validation) -> None:
     print(f"{'layer':>6} {'AUROC':>7}  95% interval")
     for layer in result.layers:
         area, mark = layer.auroc, " <- best" if layer is result.best else ""
@@ -103,20 +82,8 @@ def _print_result(result: Validation, words: dict[str, AurocEstimate]) -> None:
         print(f"{layer.layer:>6} {area.auroc:>7.3f}  {interval}  {bar}{mark}".rstrip())
     best = result.best.auroc
     print(
-        f"\nBest layer {result.best.layer}: {_shown(best)} on {best.n_positive} "
-        f"{result.positive_class} and {best.n_negative} other prompts"
+        f"\nBest layer {result.best.layer}: AUROC {best.auroc:.3f} [{best.low:.3f}, "
+        f"{best.high:.3f}] on {best.n_positive} {result.positive_class} and {best.n_negative} "
+        "other prompts"
     )
-    for what, area in words.items():
-        print(f"Bag of words trained on {what}: {_shown(area)}")
-    rivals = [what for what, area in words.items() if area.high >= best.auroc]
-    if rivals:
-        print(
-            f"Note: A bag of words (trained on {rivals[0]}) does as well as the probe: these "
-            "prompts do not show that the model knows more than their words say."
-        )
-    for warning in result.warnings:
-        print(f"Note: {warning}")
-
-
-def _shown(area: AurocEstimate) -> str:
-    return f"AUROC {area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}]"
+    print_findings(result)

@@ -5,6 +5,7 @@ Guarantee: every line goes through `_say`, so no text of a stranger reaches the 
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from probecache.layers import format_layers
 
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
-    from probecache.store.vectors import SavedVectors
+    from probecache.store.vectors import CrossValidationRecord, SavedVectors
     from probecache.store.verify import Report
+    from probecache.workflow.compare import Comparison
     from probecache.workflow.extract import Took
     from probecache.workflow.import_old import ImportPlan
     from probecache.workflow.prepare import Plan
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "print_cache",
+    "print_comparison",
+    "print_findings",
     "print_import",
     "print_plan",
     "print_repair",
@@ -152,19 +156,50 @@ def _engine(planned: Plan) -> str:
 
 def print_vectors(vectors: SavedVectors) -> None:
     """A finished run: a line per layer."""
-    info = vectors.info
+    info, validated = vectors.info, vectors.info.cross_validation
     _say(
         f"Trained {info.method} at {_count(len(info.layers), 'layer')}: a higher score means "
         f"{info.positive_class} (against {info.negative_class})"
     )
-    _say(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}")
+    held_out = "  held-out AUROC" if validated else ""
+    strength = f" {'strength':>9}" if any(r.strength for r in info.layers.values()) else ""
+    _say(f"{'layer':>6} {'raw norm':>10} {'typical norm':>13} {'rows +/-':>12}{strength}{held_out}")
     for layer, record in sorted(info.layers.items()):
         rows = f"{record.n_positive}/{record.n_negative}"
-        _say(f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}")
+        strong = f" {record.strength or 0:>9.3g}" if strength else ""
+        found = record.cross_validation
+        area = f"  {found.auroc:.3f} [{found.low:.3f}, {found.high:.3f}]" if found else ""
+        _say(
+            f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}"
+            f"{strong}{area}"
+        )
+    if validated is not None:
+        _print_cross_validation(validated)
+    elif info.not_cross_validated:
+        _say(f"Note: no held-out estimates: {info.not_cross_validated}")
     if info.layers_without_direction:
         without = format_layers(info.layers_without_direction)
         _say(f"Note: left out layer {without}, where both classes have the same mean")
     _say(f"Vectors: {vectors.path}")
+
+
+def _print_cross_validation(validated: CrossValidationRecord) -> None:
+    nested = validated.nested
+    _say(
+        f"Held out in {validated.folds} folds of {validated.groups} groups; best layer "
+        f"{validated.best_layer}. With the layer chosen anew in each fold: AUROC "
+        f"{nested.auroc:.3f} [{nested.low:.3f}, {nested.high:.3f}]"
+    )
+    if validated.near_duplicates:
+        _say(
+            f"Note: {validated.near_duplicates} examples are near-duplicates of examples of other "
+            + (
+                "groups; they were held out together"
+                if validated.near_duplicates_together
+                else "groups, too many to hold them out together (one template?): the held-out "
+                "AUROC may be optimistic; name what belongs together in a field `group`"
+            )
+        )
 
 
 def print_report(report: Report) -> None:
@@ -197,11 +232,11 @@ def print_repair(repair: Repair) -> None:
 
 
 def print_validation(result: Validation) -> None:
-    """A finished validation: a line per layer, then what to beware of."""
+    """A finished validation: a line per layer, the panel, then what to beware of."""
     first = result.layers[0].auroc
     _say(
         f"AUROC per layer, {result.positive_class} counted as positive "
-        f"({first.n_positive} against {first.n_negative} prompts)"
+        f"({first.n_positive} against {first.n_negative} prompts; intervals: {result.interval})"
     )
     _say(f"{'layer':>6} {'AUROC':>7}  {'95% interval':<16} {'accuracy':>8}")
     for layer in result.layers:
@@ -211,12 +246,92 @@ def print_validation(result: Validation) -> None:
             f"{layer.layer:>6} {area.auroc:>7.3f}  [{area.low:.3f}, {area.high:.3f}]   "
             f"{layer.accuracy:>8.3f}{mark}"
         )
-    for warning in result.warnings:
-        _say(f"Note: {warning}")
+    print_findings(result)
     _say(f"Results: {result.path}")
     for name in ("summary.json", "report.html"):
         if result.path / name in result.files:
             _say(f"  {result.path / name}")
+
+
+def print_findings(result: Validation) -> None:
+    """What belongs beside a validation's layers: the best one, the panel, what to beware of."""
+    _print_best(result)
+    _print_categories(result)
+    _print_panel(result)
+    for warning in result.warnings:
+        _say(f"Note: {warning}")
+
+
+def _print_best(result: Validation) -> None:
+    """What belongs to the best layer alone."""
+    best = result.best
+    for rate, found in best.tpr.items():
+        percent = round(100 * rate)
+        if found is None:
+            needed = math.ceil(3 / rate)
+            _say(
+                f"TPR at {percent}% FPR: not said of {best.auroc.n_negative} negatives; it takes "
+                f"{needed}"
+            )
+        else:
+            _say(
+                f"TPR at {percent}% FPR: {found.tpr:.3f} [{found.low:.3f}, {found.high:.3f}] at "
+                f"layer {best.layer}"
+            )
+    if best.calibration is not None:
+        _say(
+            f"Calibration at layer {best.layer}: Brier score {best.calibration.brier:.3f}, "
+            f"expected calibration error {best.calibration.ece:.3f}"
+        )
+    _say(
+        f"Best of {_count(len(result.layers), 'layer')} against shuffled labels: "
+        f"p = {result.permutation.p_value:.4f} ({len(result.permutation.maxima)} permutations)"
+    )
+
+
+def _print_categories(result: Validation) -> None:
+    if not result.categories:
+        return
+    _say(f"By category, layer {result.best.layer}:")
+    for one in result.categories:
+        area = one.auroc
+        shown = f"{area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}]" if area else "one class only"
+        _say(f"  {one.name:<24} {one.n_positive:>5}/{one.n_negative:<5} {shown}")
+
+
+def _print_panel(result: Validation) -> None:
+    """What else could explain the best layer's score."""
+    panel = result.panel
+    _say(
+        f"Artefact panel, beside AUROC {result.best.auroc.auroc:.3f} at layer {result.best.layer}:"
+    )
+    width = max(len(one.title) for one in panel.baselines) + 2
+    for one in panel.baselines:
+        known = one.auroc is not None
+        shown = f"{one.auroc:.3f} [{one.low:.3f}, {one.high:.3f}]" if known else f"-      {one.how}"
+        _say(f"  {one.title:<{width}}  {shown}")
+    if panel.gain is not None:
+        named = {one.name: one.title for one in panel.baselines}
+        best = named[panel.best_baseline or ""]
+        _say(f"  {'Gain over the best of these':<{width}}  {panel.gain:+.3f} ({best})")
+    share = panel.n_positive / (panel.n_positive + panel.n_negative)
+    facts = [
+        f"{share:.0%} positive",
+        f"{panel.outlier_share:.0%} of the squared norm in "
+        f"{_count(len(panel.outlier_dimensions), 'dimension')}",
+    ]
+    if panel.pairs is not None:
+        facts.append(f"pair differences agree by {panel.pairs.cosine:.2f} (mean cosine)")
+    alike = "rendered alike" if not panel.differences else "not rendered alike: "
+    _say(f"  {'; '.join(facts)}; {alike}{', '.join(panel.differences)}")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Validations or runs side by side."""
+    from probecache.workflow.compare import lines
+
+    for line in lines(comparison):
+        _say(line)
 
 
 def _say(line: str) -> None:

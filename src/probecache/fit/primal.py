@@ -242,9 +242,7 @@ class _Problem:
         scatter = Scatter(self.rows.hidden_size)
         norms = scatter.gather_by_folds(self.rows, self.sets, scales)
         # The same scatter that ridge wants: gathered once for both.
-        self.__dict__.setdefault(
-            "ridge", RidgeSolver(self.rows, self.sets, scatter, self.penalty)
-        )
+        self.__dict__.setdefault("ridge", RidgeSolver(self.rows, self.sets, scatter, self.penalty))
         return ledoit_wolf(self.rows, self.sets, scales, norms)
 
     def _pca(self) -> _Fitted:

@@ -181,16 +181,16 @@ class _Newton:
         total -= here.mixed * (np.einsum("hc,hc->c", here.mixed, vectors) / here.curved)
         return total
 
-    def _damped(
-        self, point: _Point, step: Floats, by: Floats, active: Ints
-    ) -> NDArray[np.bool_]:
+    def _damped(self, point: _Point, step: Floats, by: Floats, active: Ints) -> NDArray[np.bool_]:
         """Go along the steps, halved until the loss falls; which columns went all the way."""
         here = point.some(active)
         slope = np.einsum("hc,hc->c", here.by_weights, step) + here.by_intercept * by
         share, left = np.ones(len(active)), np.arange(len(active))
         for _ in range(30):
             weights = here.weights[:, left] + share[left] * step[:, left]
-            trial = self._look(weights, here.intercepts[left] + share[left] * by[left], active[left])
+            trial = self._look(
+                weights, here.intercepts[left] + share[left] * by[left], active[left]
+            )
             allowed = here.loss[left] * (1 + 1e-11) + 1e-4 * share[left] * slope[left]
             fine = trial.loss <= allowed
             point.put(active[left[fine]], trial.some(np.flatnonzero(fine)))

@@ -131,9 +131,7 @@ class RidgeSolver:
         right = self._right(columns)
         return conjugate_gradients(product, self.scatter.solve, right, start, tolerance, most)
 
-    def _product(
-        self, vectors: Floats, columns: Columns, dtype: type[np.floating[Any]]
-    ) -> Floats:
+    def _product(self, vectors: Floats, columns: Columns, dtype: type[np.floating[Any]]) -> Floats:
         """Each column's (scatter + alpha p) times its vector, in one pass."""
         used = self.sets.used[columns.sets].T.astype(dtype)
         narrow, total = vectors.astype(dtype), np.zeros_like(vectors)

@@ -12,7 +12,7 @@ from probecache.store.commit import is_committed
 from probecache.store.journal import Unfinished, find_unfinished
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import Cache, open_cache, what_is_at
-from probecache.store.vectors import SavedVectors, load_vectors
+from probecache.store.vectors import SavedVectors, load_vectors, runs_in
 from probecache.types import Identity
 from probecache.unrecorded import is_imported, is_recorded
 
@@ -32,8 +32,8 @@ def describe(path: Path) -> list[str]:
         lines = _cache_or_damage(path, repaired=unfinished is not None)
     elif unfinished is not None:
         lines = [("unfinished cache", str(path))]
-    elif any((path / name).is_file() for name in ("vectors.json", "run.json")):
-        lines = _vectors(load_vectors(path))
+    elif runs := runs_in(path):
+        lines = [line for run in runs for line in _vectors(load_vectors(run))]
     else:
         raise StoreError(
             f"expected a cache or a run at {path}, got "
@@ -129,9 +129,21 @@ def _vectors(vectors: SavedVectors) -> list[tuple[str, str]]:
         *_allowed(info.allowed_mismatch),
         ("layers", ",".join(map(str, vectors.layers))),
         ("no direction at", ",".join(map(str, info.layers_without_direction)) or "none"),
+        ("held-out AUROC", _held_out(vectors)),
         ("trained on", info.source_cache),
         ("layer convention", info.layer_convention),
     ]
+
+
+def _held_out(vectors: SavedVectors) -> str:
+    validated = vectors.info.cross_validation
+    if validated is None:
+        return f"none: {vectors.info.not_cross_validated}"
+    area = validated.nested
+    return (
+        f"{area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}] with the layer chosen in each of "
+        f"{validated.folds} folds; best layer {validated.best_layer}"
+    )
 
 
 def _imported(identity: Identity) -> list[tuple[str, str]]:

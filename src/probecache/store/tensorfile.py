@@ -2,7 +2,7 @@
 
 Plain `torch.load` opens the files. Our own reading unpickles nothing: the tensor's offset, dtype
 and shape stand in a manifest (`FileRecord`) and the bytes are mapped. Importing torch costs more
-than a second, so only `lay_down` does it.
+than a second, so only `lay_down` does it; a single vector is written without (`encode_vector`).
 
 The zip entry of the data carries no CRC, because the rows come later than the entry; torch.load
 never checks it, and the manifest holds a SHA-256 instead.
@@ -11,6 +11,7 @@ never checks it, and the manifest holds a SHA-256 instead.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import mmap
 import os
@@ -40,6 +41,7 @@ __all__ = [
     "as_tensor",
     "data_offset",
     "encode_int32",
+    "encode_vector",
     "file_bytes",
     "frame",
     "lay_down",
@@ -53,6 +55,7 @@ __all__ = [
 _RAW = {Dtype.FLOAT32: "<f4", Dtype.FLOAT16: "<f2", Dtype.BFLOAT16: "<u2"}
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _DATA_RECORD = "archive/data/0"
+_LOCAL_HEADER = 30  # bytes before the name of an entry of a zip file
 _LONGEST = 1 << 48  # beyond any disk; without a limit an empty tensor could claim any width
 _Whole = Annotated[int, Field(ge=0, strict=True)]
 
@@ -94,6 +97,34 @@ def encode_int32(values: np.ndarray) -> bytes:
         file.write(values.astype("<i4").tobytes())
         file.seek(0)
         return file.read()
+
+
+def encode_vector(vector: np.ndarray) -> bytes:
+    """The `.pt` of one vector, float32 [n], as torch.save lays it out; needs no torch."""
+    count = struct.pack("<i", len(vector))
+    # The pickle of a contiguous tensor: storage 0, offset 0, shape (n,), stride (1,), no gradient.
+    pickled = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+        b"X\x03\x00\x00\x00cpuJ%btQK\x00J%b\x85K\x01\x85\x89"
+        b"ccollections\nOrderedDict\n)RtR."
+    ) % (count, count)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(_entry("data.pkl"), pickled)
+        archive.writestr(_entry("byteorder"), b"little")
+        data = _entry("data/0")
+        # Readers map the numbers where they lie: they begin at a multiple of 64 bytes.
+        start = buffer.tell() + _LOCAL_HEADER + len(data.filename)
+        padding = -(start + 4) % 64
+        data.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        archive.writestr(data, np.asarray(vector, dtype="<f4").tobytes())
+        archive.writestr(_entry("version"), b"3\n")
+    return buffer.getvalue()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the same vector gives the same bytes
 
 
 def reserve(file: BinaryIO) -> None:

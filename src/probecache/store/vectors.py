@@ -5,6 +5,8 @@
     RUN/{vectors,normalized_vectors}/vectors.json
     RUN/run.json
 
+Where several methods were trained at once, RUN holds such a folder for each, named by its method.
+
 Guarantee: a run is committed by one rename; loading checks every file's size and SHA-256.
 """
 
@@ -17,7 +19,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +36,7 @@ from probecache.errors import StoreError
 from probecache.store.layout import ONLY_CONVENTION
 from probecache.store.reader import WIDEST, read_manifest
 from probecache.store.seal import NO_SEAL, seal_json
-from probecache.store.tensorfile import FileRecord, data_offset, map_raw
+from probecache.store.tensorfile import FileRecord, data_offset, encode_vector, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 
 if TYPE_CHECKING:
@@ -43,18 +45,69 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CrossValidationRecord",
+    "Estimate",
     "LayerRecord",
+    "PlattRecord",
     "SavedVectors",
     "TrainedLayer",
+    "TrainedRun",
     "VectorsInfo",
     "load_vectors",
+    "runs_in",
     "save_run",
 ]
 
-_MANIFEST = "vectors.json"
+_MANIFEST, _RUN = "vectors.json", "run.json"
 _OF_A_FOLDER = {"normalized", "format", "format_version", "manifest_sha256"}
 # What a .pt may hold around its one vector; torch.save writes some 2 KB.
 _MOST_AROUND = 1 << 20
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Estimate(BaseModel):
+    """An AUROC on examples that played no part in the fit, with its 95% interval."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    auroc: _Share
+    low: _Share
+    high: _Share
+
+
+class PlattRecord(BaseModel):
+    """The positive class has probability 1 / (1 + exp(-(slope * score + intercept))).
+
+    Fitted on held-out scores; a score is that of the vectors of the same folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    slope: _Finite
+    intercept: _Finite
+
+
+class CrossValidationRecord(BaseModel):
+    """How the held-out scores came about, and what choosing a layer by them is worth.
+
+    `near_duplicates` counts examples with a like in another group, which shared its fold unless
+    there are too many of them. `nested` is the AUROC of examples scored at the layer that the other
+    folds chose for them; `layer_by_fold` names these layers, `best_layer` the one that all folds
+    together would choose.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folds: int = Field(ge=2)
+    groups: int = Field(ge=2)
+    near_duplicates: int = Field(ge=0)
+    near_duplicates_together: bool
+    best_layer: int = Field(ge=0)
+    nested: Estimate
+    layer_by_fold: list[int]
 
 
 class LayerRecord(BaseModel):
@@ -62,15 +115,22 @@ class LayerRecord(BaseModel):
 
     `threshold` is in the units of a score with the vectors of the same folder; `raw_norm` is the
     norm before normalising; `typical_norm` the median norm of a row the vector was trained on.
+    `strength` is the method's regularisation in scikit-learn's units: ridge's alpha, logistic
+    regression's C, LDA's shrinkage. `pair_agreement` is the mean cosine between the differences of
+    pairs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     raw_norm: float = Field(gt=0, allow_inf_nan=False)
-    threshold: float = Field(allow_inf_nan=False)
+    threshold: _Finite
     typical_norm: float = Field(ge=0, allow_inf_nan=False)
     n_positive: int = Field(ge=1)
     n_negative: int = Field(ge=1)
+    strength: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    cross_validation: Estimate | None = None
+    calibration: PlattRecord | None = None
+    pair_agreement: float | None = Field(default=None, ge=-1.001, le=1.001)
     file: FileRecord
 
 
@@ -89,6 +149,11 @@ class VectorsInfo(BaseModel):
     hidden_size: int = Field(ge=1)
     layers: dict[int, LayerRecord] = Field(min_length=1)
     layers_without_direction: list[int] = Field(default_factory=list)
+    positions: str
+    answered: bool
+    standardized: bool = False
+    cross_validation: CrossValidationRecord | None = None
+    not_cross_validated: str | None = None
     source_cache: str
     source_cache_sha256: str
     allowed_mismatch: list[str] = Field(default_factory=list)
@@ -125,6 +190,11 @@ def load_vectors(path: str | Path) -> SavedVectors:
     if not (path / _MANIFEST).is_file() and (path / "normalized_vectors" / _MANIFEST).is_file():
         path = path / "normalized_vectors"
     if not (path / _MANIFEST).is_file():
+        if methods := [run.name for run in runs_in(path)]:
+            raise StoreError(
+                f"expected vectors of one method in {path}, got those of {', '.join(methods)}; "
+                f"name one: {path / methods[0]}"
+            )
         raise StoreError(
             f"expected {_MANIFEST} in {path}, got none; point --vectors at RUN/normalized_vectors "
             "as written by probecache train"
@@ -157,8 +227,8 @@ def _load(path: Path, layer: int, info: VectorsInfo) -> np.ndarray:
     return direction
 
 
-class TrainedLayer(Protocol):
-    """What of a trained probe is saved: unit direction, float32 [hidden], and what is known."""
+class Direction(Protocol):
+    """What of a probe is saved: unit direction, float32 [hidden], and what is known of it."""
 
     @property
     def direction(self) -> np.ndarray: ...
@@ -172,81 +242,121 @@ class TrainedLayer(Protocol):
     def n_positive(self) -> int: ...
     @property
     def n_negative(self) -> int: ...
+    @property
+    def strength(self) -> float | None: ...
 
 
-def save_run(output: str | Path, layers: Mapping[int, TrainedLayer], about: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class TrainedLayer:
+    """A probe and what held-out scores say of it; `calibration` is for unit-norm scores."""
+
+    probe: Direction
+    cross_validation: Estimate | None = None
+    calibration: PlattRecord | None = None
+    pair_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One method's layers, and the fields of `VectorsInfo` that they share."""
+
+    layers: Mapping[int, TrainedLayer]
+    about: Mapping[str, Any]
+
+
+def save_run(output: str | Path, runs: Mapping[str, TrainedRun]) -> dict[str, Path]:
     """Write `<output>_<YYYYmmdd_HHMMSS>/` and commit it by rename.
 
     Args:
         output: path of the run without its time stamp.
-        layers: what to save.
-        about: the fields of `VectorsInfo` that all layers share.
+        runs: what to save, by method. One alone is the run; of several each gets a folder of its
+            method's name within it.
 
     Returns:
-        The run's folder.
+        Each method's run folder.
     """
     output = Path(output)
-    contents = _contents(layers, about)
+    places = {method: f"{method}/" if len(runs) > 1 else "" for method in runs}
+    contents = {
+        f"{places[method]}{name}": content
+        for method, run in runs.items()
+        for name, content in _contents(run).items()
+    }
     needed = sum(map(len, contents.values()))
     with disk_errors_named(output, needed), temporary_sibling(output) as folder:
         for name, content in contents.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
             write_uncommitted(folder / name, content)
         flush_folder(folder)
         while True:
             final = output.with_name(f"{output.name}_{datetime.now():%Y%m%d_%H%M%S}")
             if not os.path.lexists(final) and rename_free(folder, final):
-                return final
+                return {method: final / place for method, place in places.items()}
             time.sleep(0.1)  # two runs within one second get two names
 
 
-def _contents(layers: Mapping[int, TrainedLayer], about: dict[str, Any]) -> dict[str, bytes]:
+def runs_in(path: str | Path) -> tuple[Path, ...]:
+    """The runs, or folders of vectors, that a path stands for: itself, or one per method."""
+    path = Path(path)
+    if any((path / name).is_file() for name in (_MANIFEST, _RUN)):
+        return (path,)
+    if not path.is_dir():
+        return ()
+    return tuple(sorted(child for child in path.iterdir() if (child / _RUN).is_file()))
+
+
+def _contents(run: TrainedRun) -> dict[str, bytes]:
     """Every file of a run by its name in it, and its bytes."""
-    raw, _ = _vectors_files("vectors", layers, about, normalized=False)
-    unit, info = _vectors_files("normalized_vectors", layers, about, normalized=True)
+    raw, _ = _vectors_files("vectors", run, normalized=False)
+    unit, info = _vectors_files("normalized_vectors", run, normalized=True)
     contents = {**raw, **unit}
     files = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in sorted(contents.items())
     }
     summary = info.model_dump(mode="json", exclude=_OF_A_FOLDER)
-    run = {"format": "probecache-run", "format_version": 1, **summary, "files": files}
-    return {**contents, "run.json": seal_json(run)}
+    manifest = {"format": "probecache-run", "format_version": 1, **summary, "files": files}
+    return {**contents, _RUN: seal_json(manifest)}
 
 
 def _vectors_files(
-    folder: str, layers: Mapping[int, TrainedLayer], about: dict[str, Any], *, normalized: bool
+    folder: str, run: TrainedRun, *, normalized: bool
 ) -> tuple[dict[str, bytes], VectorsInfo]:
     """The files of `vectors/` or `normalized_vectors/`, and what its manifest says."""
     contents, records = {}, {}
-    for layer, trained in sorted(layers.items()):
-        scale = 1.0 if normalized else trained.raw_norm
-        direction = (trained.direction.astype(np.float64) * scale).astype(np.float32)
-        content, record = _encode(direction)
-        contents[f"{folder}/layer_{layer}.pt"] = content
+    for layer, trained in sorted(run.layers.items()):
+        probe = trained.probe
+        scale = 1.0 if normalized else probe.raw_norm
+        direction = (probe.direction.astype(np.float64) * scale).astype(np.float32)
+        contents[f"{folder}/layer_{layer}.pt"] = content = encode_vector(direction)
         records[layer] = LayerRecord(
-            raw_norm=trained.raw_norm,
-            threshold=trained.threshold * scale,
-            typical_norm=trained.typical_norm,
-            n_positive=trained.n_positive,
-            n_negative=trained.n_negative,
-            file=record,
+            raw_norm=probe.raw_norm,
+            threshold=probe.threshold * scale,
+            typical_norm=probe.typical_norm,
+            n_positive=probe.n_positive,
+            n_negative=probe.n_negative,
+            strength=probe.strength,
+            cross_validation=trained.cross_validation,
+            calibration=_scaled(trained.calibration, scale),
+            pair_agreement=trained.pair_agreement,
+            file=_record(content, direction),
         )
-    info = VectorsInfo.model_validate({**about, "normalized": normalized, "layers": records})
+    info = VectorsInfo.model_validate({**run.about, "normalized": normalized, "layers": records})
     contents[f"{folder}/{_MANIFEST}"] = seal_json(info.model_dump(mode="json"))
     return contents, info
 
 
-def _encode(vector: np.ndarray) -> tuple[bytes, FileRecord]:
-    """A vector's `.pt` and what is recorded of it."""
-    import torch
+def _scaled(calibration: PlattRecord | None, scale: float) -> PlattRecord | None:
+    """The same calibration for scores that are `scale` times as large."""
+    if calibration is None:
+        return None
+    return PlattRecord(slope=calibration.slope / scale, intercept=calibration.intercept)
 
-    buffer = io.BytesIO()
-    torch.save(torch.from_numpy(vector), buffer)
-    content = buffer.getvalue()
-    return content, FileRecord(
+
+def _record(content: bytes, vector: np.ndarray) -> FileRecord:
+    return FileRecord(
         bytes=len(content),
-        offset=data_offset(buffer),
+        offset=data_offset(io.BytesIO(content)),
         shape=vector.shape,
         dtype="float32",
         sha256=hashlib.sha256(content).hexdigest(),

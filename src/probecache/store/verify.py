@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def verify(path: str | Path) -> Report:
     for name in _SEALED:
         if (path / name).is_file():
             return _verify_sealed(path, name)
+    if members := _members(path):
+        return _verify_members(path, members)
     if find_unfinished(path) is not None:
         raise StoreError(
             f"expected a finished cache at {path}, got one whose extraction has not finished; "
@@ -109,6 +111,30 @@ def verify(path: str | Path) -> Report:
         f"expected a cache, a run or a validation at {path}, got "
         f"{'a folder without their manifests' if path.is_dir() else 'no folder'}"
     )
+
+
+def _members(path: Path) -> list[tuple[Path, str]]:
+    """Folders, one per method, that runs or validations of several methods lie in."""
+    if not path.is_dir():
+        return []
+    return [
+        (child, name)
+        for child in sorted(path.iterdir())
+        for name in ("run.json", "summary.json")
+        if (child / name).is_file()
+    ]
+
+
+def _verify_members(path: Path, members: list[tuple[Path, str]]) -> Report:
+    reports = [_verify_sealed(child, name) for child, name in members]
+    whole = Report(path, " and ".join(sorted({f"{report.kind}s" for report in reports})))
+    for report in reports:
+        whole.files += report.files
+        whole.bytes += report.bytes
+        place = report.path.name
+        whole.damages += [replace(one, file=f"{place}/{one.file}") for one in report.damages]
+        whole.notes += [f"{place}: {note}" for note in report.notes]
+    return whole
 
 
 # ---------------------------------------------------------------- caches

@@ -1,15 +1,21 @@
-"""A cache to a run: one direction per layer.
+"""A cache to a run: one direction per layer and method, and what held-out examples say of it.
 
-Guarantee: reads each row once, in bounded memory; the positive class is named, never guessed, and a
-higher score means it.
+Guarantee: reads each layer's rows in bounded memory; the positive class is named, never guessed,
+and a higher score means it; every layer carries an estimate from examples that it was not fitted
+on, or the run says why there is none.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from probecache.atomic import require_place, sha256_of_file
+from probecache.controls import pair_agreement
 from probecache.errors import (
     EmptyClassError,
     FitError,
@@ -17,43 +23,83 @@ from probecache.errors import (
     NonFiniteError,
     UsageError,
 )
-from probecache.fit import MeanDifferenceFitter
+from probecache.fit import Design, Method, fit_layer
 from probecache.store.layout import LAYER_INFO
-from probecache.store.vectors import SavedVectors, load_vectors, save_run
+from probecache.store.rows import ExampleRows
+from probecache.store.vectors import (
+    SavedVectors,
+    TrainedLayer,
+    TrainedRun,
+    load_vectors,
+    save_run,
+)
 from probecache.types import DEFAULT_POSITIVE_CLASS
+from probecache.workflow.cross_validation import (
+    layer_estimate,
+    nested_estimate,
+    platt_of,
+    split_examples,
+)
+from probecache.workflow.layers_at_once import each_layer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from probecache.probe import Probe
+    from probecache.controls import PairAgreement
+    from probecache.fit import MethodFit
     from probecache.store.reader import Cache
+    from probecache.workflow.cross_validation import Split
 
-__all__ = ["require_class", "train"]
+__all__ = ["TrainOptions", "require_class", "train"]
 
-_METHOD = "difference of means"
+_CHUNK = 16 << 20  # numbers of a chunk of rows
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to fit.
+
+    Attributes:
+        methods: which of the fitters.
+        positive_class: the class that a higher score means; vectors point from all others to it.
+        positions: of a cache of `all` positions, which to fit on; None: every row that is kept.
+        folds: of the cross-validation, at most; 0: none.
+        strength: the methods' regularisation in scikit-learn's units; None: chosen from the data.
+        standardize: divide every dimension by its spread before fitting; folded back afterwards.
+    """
+
+    methods: tuple[Method, ...] = (Method.DIFFERENCE_OF_MEANS,)
+    positive_class: str = DEFAULT_POSITIVE_CLASS
+    positions: str | None = None
+    folds: int = 5
+    strength: float | None = None
+    standardize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.folds < 0 or self.folds == 1:
+            raise UsageError(f"expected --folds of at least 2, or 0 for none, got {self.folds}")
 
 
 def train(
     cache: Cache,
     output: str | Path,
+    options: TrainOptions,
     *,
     layers: Sequence[int] | None = None,
-    positive_class: str = DEFAULT_POSITIVE_CLASS,
     source: str | None = None,
-) -> SavedVectors:
-    """Fit the difference of means at every layer and save the run.
+) -> dict[Method, SavedVectors]:
+    """Fit every method at every layer and save the run.
 
     Args:
         cache: where the rows are.
         output: path of the run; `_<YYYYmmdd_HHMMSS>` is added.
+        options: how to fit.
         layers: which of the cached layers; None takes all that have a direction. Where the rows
             are those of an answer's last token, layer 0 has none: both answers end in one token.
-        positive_class: the class that a higher score means; vectors are mean(positive) -
-            mean(all other rows).
         source: what to record as the cache's name, where it is not its path.
 
     Returns:
-        The run's normalised vectors; `.path.parent` is the run's folder.
+        Each method's normalised vectors; `.path.parent` is the folder of its run.
 
     Raises:
         EmptyClassError: the cache has no such class.
@@ -64,22 +110,22 @@ def train(
         raise UsageError("expected at least one layer to train on, got none")
     for layer in chosen:
         cache.require_layer(layer)
-    require_class(positive_class, cache.classes, str(cache.path))
+    require_class(options.positive_class, cache.classes, str(cache.path))
     require_place(Path(output))
-    probes, without = _fit_all(cache, chosen, positive_class, skip=layers is None)
-    about = {
-        "method": _METHOD,
-        "positive_class": positive_class,
-        "negative_class": " + ".join(c for c in cache.classes if c != positive_class),
-        "hidden_size": cache.hidden_size,
-        "layers_without_direction": without,
-        "source_cache": source or str(cache.path),
-        "source_cache_sha256": sha256_of_file(cache.path / LAYER_INFO),
-        "identity": cache.identity,
-        "allowed_mismatch": cache.info.origin.allowed_mismatch,
+    rows = ExampleRows(cache, options.positions)
+    split = _split(cache, options)
+    fits, without = _fit_all(rows, chosen, split, options, skip=layers is None)
+    agreement = {
+        layer: pair_agreement(partial(rows.chunks, layer), split.is_positive, split.pairs)
+        for layer in fits
     }
-    run = save_run(output, probes, about)
-    return load_vectors(run / "normalized_vectors")
+    about = _about(rows, options, source or str(cache.path), without)
+    runs = {
+        method: _run({n: fit[method] for n, fit in fits.items()}, split, about, agreement, method)
+        for method in options.methods
+    }
+    saved = save_run(output, {str(method): run for method, run in runs.items()})
+    return {method: load_vectors(saved[method] / "normalized_vectors") for method in runs}
 
 
 def require_class(positive_class: str, classes: Collection[str], where: str) -> None:
@@ -91,32 +137,98 @@ def require_class(positive_class: str, classes: Collection[str], where: str) -> 
         )
 
 
+def _split(cache: Cache, options: TrainOptions) -> Split:
+    labels = [record.label == options.positive_class for record in cache.examples]
+    return split_examples(cache.examples, np.array(labels, dtype=np.bool_), options.folds)
+
+
+def _about(
+    rows: ExampleRows, options: TrainOptions, source: str, without: list[int]
+) -> dict[str, Any]:
+    cache, positive = rows.cache, options.positive_class
+    return {
+        "positive_class": positive,
+        "negative_class": " + ".join(c for c in cache.classes if c != positive),
+        "hidden_size": cache.hidden_size,
+        "layers_without_direction": without,
+        "positions": str(rows.positions),
+        "answered": any(record.answer for record in cache.examples),
+        "standardized": options.standardize,
+        "source_cache": source,
+        "source_cache_sha256": sha256_of_file(cache.path / LAYER_INFO),
+        "identity": cache.identity,
+        "allowed_mismatch": cache.info.origin.allowed_mismatch,
+    }
+
+
+def _run(
+    fits: dict[int, MethodFit],
+    split: Split,
+    about: dict[str, Any],
+    agreement: dict[int, PairAgreement | None],
+    method: Method,
+) -> TrainedRun:
+    layers = {
+        layer: TrainedLayer(
+            probe=fit.probe,
+            cross_validation=layer_estimate(fit, split),
+            calibration=platt_of(fit, split),
+            pair_agreement=None if (found := agreement[layer]) is None else found.cosine,
+        )
+        for layer, fit in fits.items()
+    }
+    validated = nested_estimate(fits, split)
+    return TrainedRun(
+        layers,
+        {
+            **about,
+            "method": str(method),
+            "cross_validation": validated,
+            "not_cross_validated": split.why_not,
+        },
+    )
+
+
 def _fit_all(
-    cache: Cache, layers: Sequence[int], positive_class: str, *, skip: bool
-) -> tuple[dict[int, Probe], list[int]]:
+    rows: ExampleRows, layers: Sequence[int], split: Split, options: TrainOptions, *, skip: bool
+) -> tuple[dict[int, dict[Method, MethodFit]], list[int]]:
     """Probes by layer, and with `skip` the layers left out because their classes' means are equal.
 
     Raises:
         NoDirectionError: a layer without direction, where none may be left out or all would be.
     """
-    probes: dict[int, Probe] = {}
+    fits: dict[int, dict[Method, MethodFit]] = {}
     without: list[int] = []
-    for layer in layers:
+    work = partial(_fit, rows, split=split, options=options)
+    for layer, future in each_layer(layers, work, _bytes_of_a_fit(rows, options)):
         try:
-            probes[layer] = _fit(cache, layer, positive_class)
+            fits[layer] = future.result()
         except NoDirectionError:
             if not skip or len(without) + 1 == len(layers):
                 raise
             without.append(layer)
-    return probes, without
+    return fits, without
 
 
-def _fit(cache: Cache, layer: int, positive_class: str) -> Probe:
-    fitter = MeanDifferenceFitter(cache.hidden_size)
+def _bytes_of_a_fit(rows: ExampleRows, options: TrainOptions) -> int:
+    """Memory that fitting a layer takes: two wide chunks, and some matrices of the rows' size."""
+    count = int(rows.counts.sum())
+    chunk = 3 * 8 * min(count * rows.cache.hidden_size, _CHUNK)
+    return chunk if options.methods == (Method.DIFFERENCE_OF_MEANS,) else chunk + 6 * 8 * count**2
+
+
+def _fit(
+    rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions
+) -> dict[Method, MethodFit]:
+    design = Design(is_positive=split.is_positive, groups=split.pairs, folds=split.folds)
     try:
-        for label in cache.classes:
-            for _, rows in cache.chunks(label, layer):
-                fitter.update(rows, positive=label == positive_class)
-        return fitter.finish()
+        return fit_layer(
+            partial(rows.chunks, layer),
+            rows.cache.hidden_size,
+            design,
+            options.methods,
+            strength=options.strength,
+            standardize=options.standardize,
+        )
     except (FitError, NonFiniteError) as error:
-        raise type(error)(f"layer {layer} of {cache.path}: {error}") from error
+        raise type(error)(f"layer {layer} of {rows.cache.path}: {error}") from error

@@ -1,0 +1,199 @@
+"""What scores say of each layer and of all layers together.
+
+Guarantee: an AUROC's interval counts groups where examples are clustered, and examples otherwise; a
+layer that was chosen pays for the choice with a permutation test over all that were looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probecache.errors import FitError
+from probecache.metrics import (
+    AurocDifference,
+    AurocEstimate,
+    Calibration,
+    PermutationTest,
+    Platt,
+    TprEstimate,
+    accuracy_at,
+    auroc,
+    calibration,
+    grouped_difference,
+    grouped_interval,
+    paired_difference,
+    permutation_test,
+    tpr_at_fpr,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from probecache.controls import RandomControl
+    from probecache.store.vectors import LayerRecord
+
+__all__ = ["Category", "Judged", "LayerResult", "by_category", "judge"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+# A threshold that leaves less than this share on one side has not carried over.
+_ONE_SIDE = 0.05
+_RATES = (0.01, 0.05)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's outcome. Scores are those of examples, in data order.
+
+    Attributes:
+        auroc: with DeLong's interval, or a bootstrap's over groups.
+        trained: what training said of the layer.
+        below_best: how far the AUROC lies below the best layer's; None at the best.
+        tpr: true positive rate by false positive rate; None where negatives are too few to say.
+        calibration: of the probabilities fixed in training; None without.
+        random: AUROCs of random directions, folded to 0.5 or more.
+    """
+
+    layer: int
+    auroc: AurocEstimate
+    threshold: float
+    accuracy: float
+    scores: Floats
+    is_positive: Bools
+    trained: LayerRecord
+    below_best: AurocDifference | None
+    tpr: Mapping[float, TprEstimate | None]
+    calibration: Calibration | None
+    random: RandomControl | None
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether nearly all examples of both classes lie on one side of the threshold."""
+        above = self.scores > self.threshold
+        shares = [float(np.mean(above[side])) for side in (self.is_positive, ~self.is_positive)]
+        return max(shares) < _ONE_SIDE or min(shares) > 1 - _ONE_SIDE
+
+
+@dataclass(frozen=True)
+class Category:
+    """The best layer on the examples of one category; no AUROC where a class is missing."""
+
+    name: str
+    n_positive: int
+    n_negative: int
+    auroc: AurocEstimate | None
+    accuracy: float
+    mean_score: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the scores say, layer by layer and of all layers together."""
+
+    layers: tuple[LayerResult, ...]
+    best: LayerResult
+    permutation: PermutationTest
+    interval: str
+    clustered: bool
+
+
+def judge(
+    scores: Mapping[int, Floats],
+    positive: Bools,
+    groups: NDArray[np.intp],
+    trained: Mapping[int, LayerRecord],
+    random: Mapping[int, RandomControl | None],
+) -> Judged:
+    """Judge every layer.
+
+    Args:
+        scores: by layer, [examples].
+        positive: bool [examples].
+        groups: [examples], what the data say belongs together.
+        trained: what training said of each layer.
+        random: what random directions reach, where that was asked for.
+    """
+    layers = list(scores)
+    matrix = np.stack([scores[layer] for layer in layers])
+    clusters = len(np.unique(groups))
+    clustered = clusters < len(groups)
+    if clustered:
+        areas = grouped_interval(matrix, positive, groups)
+    else:
+        areas = [auroc(scores, positive) for scores in matrix]
+    test = permutation_test(matrix, positive, groups)
+    best = int(np.argmax([area.auroc for area in areas]))
+    results = tuple(
+        LayerResult(
+            layer=layer,
+            auroc=areas[place],
+            threshold=trained[layer].threshold,
+            accuracy=accuracy_at(matrix[place], positive, trained[layer].threshold),
+            scores=matrix[place],
+            is_positive=positive,
+            trained=trained[layer],
+            below_best=None
+            if place == best
+            else _difference(matrix[best], matrix[place], positive, groups if clustered else None),
+            tpr={rate: _tpr(matrix[place], positive, rate) for rate in _RATES},
+            calibration=_calibration(matrix[place], positive, trained[layer]),
+            random=random.get(layer),
+        )
+        for place, layer in enumerate(layers)
+    )
+    interval = f"bootstrap over {clusters} groups" if clustered else "DeLong"
+    return Judged(results, results[best], test, interval, clustered)
+
+
+def _difference(
+    first: Floats, second: Floats, positive: Bools, groups: NDArray[np.intp] | None
+) -> AurocDifference:
+    if groups is None:
+        return paired_difference(first, second, positive)
+    return grouped_difference(first, second, positive, groups)
+
+
+def _tpr(scores: Floats, positive: Bools, rate: float) -> TprEstimate | None:
+    """None where there are too few negatives to say."""
+    try:
+        return tpr_at_fpr(scores, positive, rate)
+    except FitError:
+        return None
+
+
+def _calibration(scores: Floats, positive: Bools, trained: LayerRecord) -> Calibration | None:
+    if trained.calibration is None:
+        return None
+    platt = Platt(trained.calibration.slope, trained.calibration.intercept)
+    return calibration(platt.probability(scores), positive)
+
+
+def by_category(best: LayerResult, names: Sequence[str | None]) -> tuple[Category, ...]:
+    """The best layer by category; none where the data name none.
+
+    Args:
+        best: its result.
+        names: each example's category, in data order.
+    """
+    if not any(names):
+        return ()
+    found = []
+    for name in dict.fromkeys(names):
+        here = np.array([one == name for one in names])
+        scores, positive = best.scores[here], best.is_positive[here]
+        both = 0 < positive.sum() < len(positive)
+        found.append(
+            Category(
+                name="(none)" if name is None else name,
+                n_positive=int(positive.sum()),
+                n_negative=int((~positive).sum()),
+                auroc=auroc(scores, positive) if both else None,
+                accuracy=float(np.mean((scores > best.threshold) == positive)),
+                mean_score=float(scores.mean()),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,51 @@
+"""Work on several layers at once, one thread each.
+
+Guarantee: results come in the order of the layers; the first error in that order is raised, and
+nothing that was not begun is begun after it. Layers at once use one thread each in the linear
+algebra underneath: its own threads on small matrices mostly wait for one another, and two such
+crowds on two cores were measured to take ten times as long.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+__all__ = ["each_layer"]
+
+_Result = TypeVar("_Result")
+# What all layers in work may take together; a cache of any size goes through within 1 GB.
+_MOST_BYTES = 600 << 20
+
+
+def each_layer(
+    layers: Sequence[int], work: Callable[[int], _Result], bytes_each: int
+) -> Iterator[tuple[int, Future[_Result]]]:
+    """Do the work of every layer; yields each with its outcome once that is there.
+
+    Args:
+        layers: in the order wanted.
+        work: what to do, thread-safe.
+        bytes_each: memory that the work of a layer takes.
+    """
+    workers = max(1, min(len(layers), _cores(), _MOST_BYTES // max(1, bytes_each)))
+    limits = threadpool_limits(1) if workers > 1 else nullcontext()
+    with limits, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, layer) for layer in layers]
+        try:
+            for layer, future in zip(layers, futures, strict=True):
+                future.exception()  # waits
+                yield layer, future
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,305 @@
+"""The artefact panel: what else could explain a score, beside every validation.
+
+Guarantee: baselines are judged on the very examples that the probe is; one that cannot be had says
+why; a figure that is missing is None and never a guess. Does not prove that a score means what it
+is taken for: it lists what is known to have fooled people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probecache.atomic import sha256_of_file
+from probecache.controls import (
+    Baseline,
+    PairAgreement,
+    RandomControl,
+    answer_letter_baseline,
+    baseline_cautions,
+    best_baseline,
+    copies_of_training_caution,
+    estimated_baseline,
+    first_token_caution,
+    first_token_share,
+    length_baseline,
+    outlier_dimensions,
+    pair_agreement,
+    pairs_caution,
+    random_directions_baseline,
+    repeated_prompts_caution,
+    training_words_baseline,
+    words_baseline,
+)
+from probecache.duplicates import near_duplicates, near_duplicates_of
+from probecache.errors import FitError, ProbecacheError
+from probecache.fit import Design, Method, fit_layer
+from probecache.folds import assign_folds
+from probecache.metrics import auroc_within_folds
+from probecache.store.layout import LAYER_INFO
+from probecache.store.reader import open_cache
+from probecache.workflow.cross_validation import texts_of
+from probecache.workflow.scoring import score_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from probecache.metrics import PermutationTest
+    from probecache.store.layout import ExampleRecord
+    from probecache.store.rows import ExampleRows
+    from probecache.store.vectors import SavedVectors
+    from probecache.workflow.judging import LayerResult
+
+__all__ = ["Panel", "make_panel"]
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """All that stands beside a validation.
+
+    Attributes:
+        baselines: what something other than the probe achieves on the same examples.
+        best_baseline: the name of the best of them; None where there is no figure.
+        gain: the probe's AUROC at its best layer less that one's.
+        n_positive, n_negative: examples of each class.
+        pairs: agreement of the pairs' differences; None without pairs.
+        outlier_dimensions, outlier_share: dimensions with most of the squared norm, their share.
+        first_token_share: share of the scores' variance that the first kept token accounts for.
+        differences: how training and scored prompts were rendered otherwise; empty if alike.
+        warnings: what of all this a reader must not miss, in plain words.
+    """
+
+    baselines: tuple[Baseline, ...]
+    best_baseline: str | None
+    gain: float | None
+    n_positive: int
+    n_negative: int
+    pairs: PairAgreement | None
+    outlier_dimensions: tuple[int, ...]
+    outlier_share: float
+    first_token_share: float | None
+    differences: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        return {
+            "baselines": [asdict(one) for one in self.baselines],
+            "best_baseline": self.best_baseline,
+            "gain": self.gain,
+            "class_balance": {
+                "positive": self.n_positive,
+                "negative": self.n_negative,
+                "share_positive": self.n_positive / (self.n_positive + self.n_negative),
+            },
+            "pair_agreement": self.pairs.cosine if self.pairs else None,
+            "outlier_dimensions": {
+                "dimensions": list(self.outlier_dimensions),
+                "share_of_norm": self.outlier_share,
+            },
+            "first_token_share": self.first_token_share,
+            "rendered_alike": {
+                "alike": not self.differences,
+                "differences": list(self.differences),
+            },
+        }
+
+
+def make_panel(
+    rows: ExampleRows,
+    vectors: SavedVectors,
+    best: LayerResult,
+    permutation: PermutationTest,
+    groups: Ints,
+) -> Panel:
+    """Hold the best layer's result against everything else that could give it.
+
+    Args:
+        rows: what was scored.
+        vectors: with what.
+        best: the best layer's result.
+        permutation: its test against shuffled labels.
+        groups: [examples], what the data say belongs together.
+    """
+    examples, positive = rows.cache.examples, best.is_positive
+    training = _training_examples(vectors)
+    baselines = (
+        *_text_baselines(examples, positive, groups),
+        _words_from_training(examples, positive, training, vectors.info.positive_class),
+        _layer_0(rows, positive, groups),
+        _random(best.random),
+        _shuffled(permutation),
+    )
+    name, gain = best_baseline(baselines, best.auroc.auroc)
+    chunks = partial(rows.chunks, best.layer)
+    dimensions, share = outlier_dimensions(chunks, rows.cache.hidden_size)
+    pairs = pair_agreement(chunks, positive, groups)
+    first = _first_token_share(rows, vectors, best.layer)
+    return Panel(
+        baselines=baselines,
+        best_baseline=name,
+        gain=gain,
+        n_positive=int(positive.sum()),
+        n_negative=int((~positive).sum()),
+        pairs=pairs,
+        outlier_dimensions=dimensions,
+        outlier_share=share,
+        first_token_share=first,
+        differences=_differences(rows, vectors),
+        warnings=(
+            *baseline_cautions(baselines, best.auroc.auroc),
+            *_told(first_token_caution(first, float(rows.counts.mean()))),
+            *_told(pairs_caution(pairs)),
+            *_copies(examples, training, groups, same=_same_data(rows, vectors)),
+        ),
+    )
+
+
+def _told(caution: str | None) -> tuple[str, ...]:
+    return () if caution is None else (caution,)
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def _text_baselines(
+    examples: Sequence[ExampleRecord], positive: Bools, groups: Ints
+) -> tuple[Baseline, ...]:
+    texts, labels, members = texts_of(examples), positive.tolist(), groups.tolist()
+    tokens = [record.input_tokens for record in examples]
+    # An imported cache does not record how many tokens the model was fed.
+    lengths = tokens if all(tokens) else list(map(len, texts))
+    return (
+        length_baseline(lengths, labels, "tokens" if all(tokens) else "characters"),
+        answer_letter_baseline(texts, labels, members),
+        words_baseline(texts, labels, members),
+    )
+
+
+def _words_from_training(
+    examples: Sequence[ExampleRecord],
+    positive: Bools,
+    training: Sequence[ExampleRecord] | None,
+    positive_class: str,
+) -> Baseline:
+    if training is None:
+        return estimated_baseline(
+            "words-from-training",
+            "Bag of words from training",
+            None,
+            "Not to be had: the cache that the vectors came from is not at hand.",
+        )
+    labels = [record.label == positive_class for record in training]
+    return training_words_baseline(
+        texts_of(training), labels, texts_of(examples), positive.tolist()
+    )
+
+
+def _layer_0(rows: ExampleRows, positive: Bools, groups: Ints) -> Baseline:
+    """A probe on the embeddings: what the tokens say before any block has run."""
+    name, title = "layer-0", "Embeddings (layer 0)"
+    if 0 not in rows.cache.layers:
+        how = "Not to be had: layer 0 is not cached; extract it too."
+        return estimated_baseline(name, title, None, how)
+    try:
+        folds = assign_folds(positive, groups)
+        fits = fit_layer(
+            partial(rows.chunks, 0),
+            rows.cache.hidden_size,
+            Design(positive, groups, folds),
+            (Method.DIFFERENCE_OF_MEANS,),
+        )
+    except FitError as error:
+        return estimated_baseline(name, title, None, f"Not to be had: {error}.")
+    held_out = fits[Method.DIFFERENCE_OF_MEANS].held_out
+    assert held_out is not None
+    found = auroc_within_folds(held_out, positive, folds, groups)
+    how = "Difference of means at layer 0, cross-validated on these prompts."
+    return estimated_baseline(name, title, found, how)
+
+
+def _random(control: RandomControl | None) -> Baseline:
+    if control is not None:
+        return random_directions_baseline(control)
+    how = "Not asked for; add --control."
+    return estimated_baseline("random-directions", "Random directions", None, how)
+
+
+def _shuffled(test: PermutationTest) -> Baseline:
+    low, middle, high = np.quantile(test.maxima, (0.025, 0.5, 0.975)).tolist()
+    how = (
+        f"The best layer's AUROC with the labels shuffled, {len(test.maxima)} times: the median, "
+        "and where 95% lie."
+    )
+    return Baseline("shuffled-labels", "Shuffled labels", middle, low, high, how)
+
+
+# ---------------------------------------------------------------- data
+
+
+def _training_examples(vectors: SavedVectors) -> Sequence[ExampleRecord] | None:
+    """The prompts that vectors were trained on, if their cache is still where it was."""
+    folder = Path(vectors.info.source_cache)
+    try:
+        if sha256_of_file(folder / LAYER_INFO) != vectors.info.source_cache_sha256:
+            return None
+        return open_cache(folder).examples
+    except (OSError, ProbecacheError):
+        return None
+
+
+def _same_data(rows: ExampleRows, vectors: SavedVectors) -> bool:
+    return rows.cache.identity.data == vectors.info.identity.data
+
+
+def _copies(
+    examples: Sequence[ExampleRecord],
+    training: Sequence[ExampleRecord] | None,
+    groups: Ints,
+    *,
+    same: bool,
+) -> tuple[str, ...]:
+    """Prompts that are near-duplicates of one another, or of those that were trained on."""
+    questions = [record.question for record in examples]
+    found = _told(repeated_prompts_caution(near_duplicates(questions), groups))
+    if training is None or same:  # the same data are told as what they are
+        return found
+    seen = near_duplicates_of([record.question for record in training], questions)
+    return (*found, *_told(copies_of_training_caution(seen)))
+
+
+def _first_token_share(rows: ExampleRows, vectors: SavedVectors, layer: int) -> float | None:
+    if rows.positions.one_row:
+        return None
+    tokens = score_tokens(rows, layer, vectors.directions[layer])
+    return first_token_share(tokens.scores, tokens.counts)
+
+
+def _differences(rows: ExampleRows, vectors: SavedVectors) -> tuple[str, ...]:
+    """How training and scored prompts were rendered otherwise."""
+    then, now = vectors.info.identity, rows.cache.identity
+    found = [
+        f"{words} differs"
+        for name, words in (
+            ("chat_template", "the chat template"),
+            ("system_prompt", "the system prompt"),
+            ("template_date", "the date in the chat template"),
+            ("special_tokens_kept", "whether special tokens are kept"),
+        )
+        if getattr(then, name) != getattr(now, name)
+    ]
+    answered = any(record.answer for record in rows.cache.examples)
+    if answered != vectors.info.answered:
+        both = ("training", "the scored") if vectors.info.answered else ("the scored", "training")
+        found.append(f"an answer is appended to {both[0]} prompts and not to {both[1]} prompts")
+    if vectors.info.positions != str(rows.positions):
+        found.append(f"trained on positions {vectors.info.positions}, scored on {rows.positions}")
+    return tuple(found)
