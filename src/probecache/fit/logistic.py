@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from probecache.errors import FitError
 from probecache.fit.design import FoldSet
+from probecache.fit.positive import solve_positive
 from probecache.fit.problem import DualFit, Problem
 from probecache.fit.ridge_path import centred
 
@@ -28,7 +29,7 @@ _LEAST_WEIGHT = 1e-14
 
 
 def fit_logistic(
-    problem: Problem, left_out: FoldSet, c: float, start: DualFit | None = None
+    problem: Problem, left_out: FoldSet, c: float, start: Floats | None = None
 ) -> DualFit:
     """Logistic regression, equal to scikit-learn's `LogisticRegression(C)`.
 
@@ -36,22 +37,22 @@ def fit_logistic(
         problem: the rows.
         left_out: folds that are not fitted.
         c: inverse strength of the penalty.
-        start: a fit of more rows, near which the answer lies.
+        start: [n], decisions of a fit near which the answer lies.
+
+    Raises:
+        FitError: no convergence.
     """
     kept, gram = problem.kept(left_out), problem.kept_gram(left_out)
     coefficients = np.zeros(len(problem.signs))
-    begin = (coefficients[kept], 0.0)
-    if start is not None:
-        near = start.coefficients[kept]
-        begin = (near, start.intercept + float(np.mean(gram @ near)))
     # Centred for these rows: their mean would take digits from the intercept.
-    found, intercept = newton(centred(gram), problem.signs[kept], c, *begin)
+    begin = None if start is None else start[kept]
+    found, intercept = newton(centred(gram), problem.signs[kept], c, begin)
     coefficients[kept] = found
     return DualFit(coefficients, intercept - float(np.mean(gram @ found)), c)
 
 
 def newton(
-    gram: Floats, signs: Floats, c: float, coefficients: Floats, intercept: float
+    gram: Floats, signs: Floats, c: float, start: Floats | None = None
 ) -> tuple[Floats, float]:
     """Coefficients [n] and intercept of the optimum.
 
@@ -59,80 +60,84 @@ def newton(
         gram: [n, n], of centred rows.
         signs: +1 and -1, [n], both.
         c: inverse strength.
-        coefficients, intercept: where to begin.
+        start: decisions [n] of a fit near by.
 
     Raises:
         FitError: no convergence, which rows of very unequal scale can cause.
     """
-    a, b = coefficients, intercept
-    projections = gram @ a
-    if not _better_than_nothing(a, projections, signs * (projections + b), c):
-        # From a start where all is saturated on the wrong side there is no way back.
-        a, b, projections = np.zeros(len(signs)), 0.0, np.zeros(len(signs))
+    state = _State(gram, signs, c)
+    if start is None or not state.begin(start):
+        state.begin(np.zeros(len(signs)))
     for _ in range(_MOST_STEPS):
-        margins = signs * (projections + b)
-        missing = _logistic(-margins)  # probability of the other class
-        excess = c * signs * missing - a
-        settled = max(float(np.abs(a).max()), np.finfo(np.float64).tiny)
-        if np.abs(excess).max() <= _TOLERANCE * settled and abs(a.sum()) <= settled * 1e-9:
-            return a, b
-        step_a, step_b = _step(gram, c * missing * (1 - missing), excess, a.sum())
-        moved = gram @ step_a
-        size = _step_size(a, step_a, projections, moved, signs, margins, step_b, c)
-        if size == 0.0:  # at the limit of rounding nothing improves any more
+        error = state.error
+        if error <= _TOLERANCE or not state.step():
             break
-        a, b = a + size * step_a, b + size * step_b
-        projections = projections + size * moved
-    if np.abs(excess).max() > 1e-5 * settled:
+    if error > 1e-5:
         raise FitError(
             "expected logistic regression to converge, got no improvement of the fit any more; "
             "standardize the dimensions, or take a smaller strength (C)"
         )
-    return a, b
+    return state.coefficients, state.intercept
 
 
-def _better_than_nothing(a: Floats, projections: Floats, margins: Floats, c: float) -> bool:
-    objective = a @ projections / 2 + c * np.logaddexp(0, -margins).sum()
-    return bool(objective < c * len(margins) * np.log(2))
+class _State:
+    """Where Newton's method stands; C (t - p) = a where it has arrived."""
 
+    def __init__(self, gram: Floats, signs: Floats, c: float) -> None:
+        self._gram, self._signs, self._c = gram, signs, c
+        self._move(np.zeros(len(signs)), 0.0)
 
-def _step(gram: Floats, weights: Floats, excess: Floats, total: float) -> tuple[Floats, float]:
-    """Newton's step for coefficients and intercept; coefficients sum to zero after it."""
-    root = np.sqrt(np.maximum(weights, _LEAST_WEIGHT * max(float(weights.max()), 1e-300)))
-    system = root[:, None] * gram * root
-    system.flat[:: len(root) + 1] += 1.0
-    solved = np.linalg.solve(system, np.stack([excess / root, root], axis=1))
-    towards, uniform = root * solved[:, 0], root * solved[:, 1]
-    shift = float((towards.sum() + total) / uniform.sum())
-    return towards - shift * uniform, shift
+    def begin(self, decisions: Floats) -> bool:
+        """Go where a step from these decisions leads, if that is better than no direction."""
+        pulls, weights = self._pulls_and_weights(self._signs * decisions)
+        # Coefficients of 0 do not have these decisions: the step makes up for them, too.
+        self._move(*self._solve(weights, pulls + weights * decisions))
+        return self._objective() < self._c * len(self._signs) * float(np.log(2))
 
+    @property
+    def error(self) -> float:
+        """How far coefficients are from C (t - p), beside the largest of them."""
+        pulls, _ = self._pulls_and_weights(self._margins)
+        largest = max(float(np.abs(self.coefficients).max()), np.finfo(np.float64).tiny)
+        return float(np.abs(pulls - self.coefficients).max()) / largest
 
-def _step_size(
-    a: Floats,
-    step_a: Floats,
-    projections: Floats,
-    moved: Floats,
-    signs: Floats,
-    margins: Floats,
-    step_b: float,
-    c: float,
-) -> float:
-    """The first of 1, 1/2, 1/4 ... that improves the objective as its slope promises; or 0."""
-    along, across = float(a @ moved), float(step_a @ moved)
-    turned = signs * (moved + step_b)
-    slope = along - c * float(_logistic(-margins) @ turned)
-    before = c * float(np.logaddexp(0, -margins).sum())
-    size = 1.0
-    rounding = 1e-14 * (abs(before) + abs(float(a @ projections)))
-    while size > 1e-10:
-        after = c * float(np.logaddexp(0, -margins - size * turned).sum())
-        change = after - before + size * along + size**2 * across / 2
-        if change <= 1e-4 * size * slope + rounding:
-            return size
-        size /= 2
-    return 0.0
+    def step(self) -> bool:
+        """One step, halved until it improves the objective; False where none does."""
+        pulls, weights = self._pulls_and_weights(self._margins)
+        towards, shift = self._solve(weights, pulls - self.coefficients)
+        along = self._gram @ towards
+        slope = float(self.coefficients @ along - pulls @ (along + shift))
+        before, size = (self.coefficients, self.intercept, self._objective()), 1.0
+        rounding = 1e-14 * abs(before[2])
+        while size > 1e-10:
+            self._move(before[0] + size * towards, before[1] + size * shift)
+            if self._objective() <= before[2] + 1e-4 * size * slope + rounding:
+                return True
+            size /= 2
+        self._move(*before[:2])
+        return False
 
+    def _move(self, coefficients: Floats, intercept: float) -> None:
+        self.coefficients, self.intercept = coefficients, intercept
+        self._projections = self._gram @ coefficients
+        self._margins = self._signs * (self._projections + intercept)
 
-def _logistic(values: Floats) -> Floats:
-    # By tanh: exp of a large number would overflow.
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * values)))
+    def _objective(self) -> float:
+        penalty = self.coefficients @ self._projections / 2
+        return float(penalty + self._c * np.logaddexp(0, -self._margins).sum())
+
+    def _pulls_and_weights(self, margins: Floats) -> tuple[Floats, Floats]:
+        """C (t - p) and C p (1 - p), [n] each."""
+        other = 0.5 * (1 - np.tanh(0.5 * margins))  # by tanh: exp of large numbers overflows
+        weights = self._c * other * (1 - other)
+        return self._c * self._signs * other, np.maximum(weights, _LEAST_WEIGHT * self._c)
+
+    def _solve(self, weights: Floats, pulls: Floats) -> tuple[Floats, float]:
+        """a and b of (K + 1/weights) a + b = pulls/weights where the a sum to zero."""
+        root = np.sqrt(weights)
+        system = root[:, None] * self._gram * root
+        system.flat[:: len(root) + 1] += 1.0
+        solved = solve_positive(system, np.stack([pulls / root, root], axis=1))
+        towards, uniform = root * solved[:, 0], root * solved[:, 1]
+        shift = float(towards.sum() / uniform.sum())
+        return towards - shift * uniform, shift

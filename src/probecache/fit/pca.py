@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probecache.fit.design import FoldSet
+from probecache.fit.positive import principal
 from probecache.fit.problem import DualFit, Problem
 
 __all__ = ["fit_pca"]
@@ -30,12 +31,12 @@ def fit_pca(problem: Problem, left_out: FoldSet) -> DualFit:
     gram = problem.kept_gram(left_out)
     both = np.intersect1d(groups[signs > 0], groups[signs < 0])
     weights = _pair_weights(signs, groups, both) if len(both) else _all_pair_weights(signs)
-    principal = np.linalg.eigh(weights @ gram @ weights.T)[1][:, -1] @ weights
+    direction = principal(weights @ gram @ weights.T) @ weights
     towards = (signs > 0) / (signs > 0).sum() - (signs < 0) / (signs < 0).sum()
-    if towards @ gram @ principal < 0:
-        principal = -principal
+    if towards @ gram @ direction < 0:
+        direction = -direction
     found = np.zeros(len(problem.signs))
-    found[kept] = principal
+    found[kept] = direction
     return DualFit(found, -problem.class_midpoint(left_out, found))
 
 

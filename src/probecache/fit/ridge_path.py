@@ -17,12 +17,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from probecache.fit.positive import solve_positive
+
 __all__ = ["RidgePath", "alpha_grid", "centred"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 # Ten strengths over seven decades, from ten thousandth of the mean eigenvalue to a thousand times.
 _DECADES, _STRENGTHS, _BELOW = 7, 10, 4
+# Blocks up to this size are solved all at once: calls would take longer than what they do.
+_SMALL = 24
 # A smaller strength beside the mean eigenvalue drowns in the rounding of the Gram matrix.
 _LEAST = 1e-10
 
@@ -53,7 +57,7 @@ class RidgePath:
         found = root @ (labels @ root)
         if left_out is not None and len(left_out):
             part = root[left_out]
-            errors = np.linalg.solve(part @ part.T, found[left_out])
+            errors = solve_positive(part @ part.T, found[left_out])
             found -= root @ (errors @ part)
             found[left_out] = 0.0
         return found
@@ -70,11 +74,16 @@ class RidgePath:
         inverse = root @ root.T
         found, errors = inverse @ labels, [np.empty(0)] * len(blocks)
         for same in _by_size(blocks):
+            if len(blocks[same[0]]) > _SMALL:
+                for k in same:
+                    block = blocks[k]
+                    errors[k] = solve_positive(inverse[np.ix_(block, block)], found[block])
+                continue
             rows = np.stack([blocks[k] for k in same])
             squares = inverse[rows[:, :, None], rows[:, None, :]]
             solved = np.linalg.solve(squares, found[rows][:, :, None])[:, :, 0]
-            for k, block in zip(same, solved, strict=True):
-                errors[k] = block
+            for k, error in zip(same, solved, strict=True):
+                errors[k] = error
         return errors
 
 
