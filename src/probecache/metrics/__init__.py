@@ -12,7 +12,9 @@ from probecache.metrics.auroc import (
 )
 from probecache.metrics.calibration import Bin, Calibration, Platt, calibration, fit_platt
 from probecache.metrics.delong import AurocDifference, delong_covariance, paired_difference
+from probecache.metrics.operating import TprEstimate, negatives_needed, tpr_at_fpr
 from probecache.metrics.permutation import PermutationTest, permutation_test
+from probecache.metrics.resampling import grouped_difference, grouped_interval
 
 __all__ = [
     "AurocDifference",
@@ -21,16 +23,21 @@ __all__ = [
     "Calibration",
     "PermutationTest",
     "Platt",
+    "TprEstimate",
     "accuracy_at",
     "auroc",
     "auroc_within_folds",
     "calibration",
     "delong_covariance",
     "fit_platt",
+    "grouped_difference",
+    "grouped_interval",
     "logit_interval",
+    "negatives_needed",
     "normal_quantile",
     "paired_difference",
     "permutation_test",
     "roc_curve",
+    "tpr_at_fpr",
     "widest_interval",
 ]

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from probecache.metrics.auroc import NO_VARIANCE, normal_quantile, widest_interval
 from probecache.metrics.inputs import Floats, checked_level, checked_pair, checked_rows
 from probecache.metrics.ranks import area_of_wins, wins_and_losses
+from probecache.metrics.student import NORMAL_FROM, t_quantile, t_two_sided
 
 __all__ = ["AurocDifference", "delong_covariance", "difference_estimate", "paired_difference"]
 
@@ -98,9 +99,13 @@ def paired_difference(
 
 
 def difference_estimate(
-    difference: float, variance: float, trials: int, level: float = 0.95
+    difference: float,
+    variance: float,
+    trials: int,
+    level: float = 0.95,
+    freedom: int = NORMAL_FROM,
 ) -> AurocDifference:
-    """Normal interval and p-value of a difference, or bounds of them without a variance.
+    """Interval and p-value of a difference by Student's t, or bounds of them without a variance.
 
     Without one, count the difference as the mean of `trials` independent comparisons, each -1, 0
     or 1. If it is zero, none of them was seen to differ, and the share that does is at most
@@ -113,20 +118,23 @@ def difference_estimate(
         variance: of the difference; zero or NaN where unknown.
         trials: independent examples, or groups, of the class that has fewer.
         level: two-sided confidence.
+        freedom: degrees of freedom of the variance; the normal distribution without.
 
     Raises:
         FitError: level is outside (0, 1).
     """
-    z = normal_quantile((1 + checked_level(level)) / 2)
+    share = (1 + checked_level(level)) / 2
     if variance > NO_VARIANCE:
         error = math.sqrt(variance)
-        low, high = difference - z * error, difference + z * error
-        p_value = math.erfc(abs(difference) / error / math.sqrt(2))
+        reach = t_quantile(share, freedom) * error
+        low, high = difference - reach, difference + reach
+        p_value = t_two_sided(difference / error, freedom)
     elif difference == 0:
         high = 1 - ((1 - level) / 2) ** (1 / trials)
         low, p_value = -high, 1.0
     else:
-        low, high = (2 * x - 1 for x in widest_interval((1 + difference) / 2, trials, z, level))
+        bounds = widest_interval((1 + difference) / 2, trials, normal_quantile(share), level)
+        low, high = (2 * x - 1 for x in bounds)
         p_value = math.erfc(abs(difference) * math.sqrt(trials / 2))
         if abs(difference) == 1:
             p_value = max(p_value, 2.0 ** (1 - trials))

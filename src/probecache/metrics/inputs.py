@@ -110,14 +110,14 @@ def checked_level(level: float) -> float:
     return level
 
 
-def checked_count(count: int, what: str) -> int:
+def checked_count(count: int, what: str, least: int = 1) -> int:
     """How many resamples or permutations.
 
     Raises:
-        FitError: fewer than 1.
+        FitError: fewer than the least.
     """
-    if count < 1:
-        raise FitError(f"expected at least 1 of the {what}, got {count}; try 2000")
+    if count < least:
+        raise FitError(f"expected at least {least} {what}, got {count}; try 2000")
     return count
 
 

@@ -21,7 +21,7 @@ from probecache.metrics.inputs import (
     checked_groups,
     checked_rows,
 )
-from probecache.metrics.ranks import midranks
+from probecache.metrics.ranks import areas_of_wins, midranks
 
 __all__ = ["PermutationTest", "permutation_test"]
 
@@ -110,10 +110,7 @@ def _areas(labels: Floats, ranks: Floats) -> Floats:
     """
     n_positive = labels.sum(axis=1, keepdims=True)
     wins = labels @ ranks - n_positive * (n_positive + 1) / 2
-    pairs = n_positive * (len(ranks) - n_positive)
-    larger = 1 - np.minimum(wins, pairs - wins) / pairs
-    areas: Floats = np.where(2 * wins >= pairs, larger, 1 - larger)
-    return areas
+    return areas_of_wins(wins, n_positive * (len(ranks) - n_positive))
 
 
 def _permuted(

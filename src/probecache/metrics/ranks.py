@@ -10,7 +10,7 @@ import numpy as np
 
 from probecache.metrics.inputs import Bools, Floats
 
-__all__ = ["area_of_wins", "midranks", "wins_and_losses"]
+__all__ = ["area_of_wins", "areas_of_wins", "midranks", "wins_and_losses"]
 
 
 def midranks(values: Floats) -> Floats:
@@ -63,3 +63,10 @@ def area_of_wins(wins: float, pairs: float) -> float:
     """
     larger = 1 - min(wins, pairs - wins) / pairs
     return larger if 2 * wins >= pairs else 1 - larger
+
+
+def areas_of_wins(wins: Floats, pairs: Floats) -> Floats:
+    """`area_of_wins` for arrays of any shape."""
+    larger = 1 - np.minimum(wins, pairs - wins) / pairs
+    areas: Floats = np.where(2 * wins >= pairs, larger, 1 - larger)
+    return areas
