@@ -26,9 +26,6 @@ def clusters(rng, count):
     return groups % 2 == 0, groups
 
 
-# Coverages are of 300 simulations, with a standard error of 1.3 %.
-
-
 def clustered(rng, design, count, shifts, shared=0.5):
     """Binormal scores [k, n] that are alike within a group, labels and groups."""
     labels, groups = design(rng, count)
@@ -105,12 +102,9 @@ def test_a_resample_is_the_auroc_of_the_examples_drawn():
 @pytest.mark.parametrize(("count", "shift"), [(20, 0.0), (40, 1.5), (100, 2.0)])
 def test_the_interval_covers_the_true_auroc_of_clustered_scores(design, count, shift):
     rng, truth = np.random.default_rng(5), true_area(shift, design, count)
-    hits = []
-    for seed in range(300):
-        rows, labels, groups = clustered(rng, design, count, (shift,))
-        found = grouped_interval(rows, labels, groups, 200, seed)[0]
-        hits.append(found.low <= truth <= found.high)
-    assert 0.925 <= np.mean(hits) <= 0.985
+    rows, labels, groups = clustered(rng, design, count, [shift] * 600)
+    found = grouped_interval(rows, labels, groups, 300)
+    assert 0.92 <= np.mean([f.low <= truth <= f.high for f in found]) <= 0.98
 
 
 def test_an_interval_that_ignores_clusters_does_not_cover():
@@ -124,19 +118,17 @@ def test_an_interval_that_ignores_clusters_does_not_cover():
 
 
 @pytest.mark.parametrize("design", [pairs, clusters])
-@pytest.mark.parametrize(
-    ("count", "shifts"), [(20, (0.0, 0.0)), (50, (1.0, 1.0)), (50, (1.5, 0.5))]
-)
+@pytest.mark.parametrize(("count", "shifts"), [(20, (0.0, 0.0)), (40, (1.5, 0.5))])
 def test_the_interval_covers_the_true_difference_of_clustered_scores(design, count, shifts):
     rng = np.random.default_rng(6)
     truth = true_area(shifts[0], design, count) - true_area(shifts[1], design, count)
     found = []
-    for seed in range(300):
+    for seed in range(250):
         rows, labels, groups = clustered(rng, design, count, shifts)
-        found.append(grouped_difference(*rows, labels, groups, 200, seed))
-    assert 0.925 <= np.mean([f.low <= truth <= f.high for f in found]) <= 0.985
-    if truth == 0:
-        assert 0.025 <= np.mean([f.p_value < 0.05 for f in found]) <= 0.07
+        found.append(grouped_difference(*rows, labels, groups, 100, seed))
+    # The standard error of 250 simulations is 1.4 %.
+    assert 0.91 <= np.mean([f.low <= truth <= f.high for f in found]) <= 0.99
+    assert (np.mean([f.p_value < 0.05 for f in found]) <= 0.09) == (truth == 0)
 
 
 def test_the_difference_of_single_examples_is_delongs():

@@ -2,7 +2,7 @@
 
 Guarantees: NumPy only, deterministic for a seed, every scorer under the same resamples, bounded
 memory, no interval of zero width. Swapped labels give exactly 1 - AUROC and the mirrored interval.
-Groups are what is assumed to be independent. Does not hold its level with fewer than about twenty
+Groups are what is assumed to be independent. Does not hold its level with fewer than about ten
 groups of a class, nor for the best of several scorers.
 """
 
