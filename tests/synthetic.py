@@ -67,6 +67,7 @@ def blueprint_of(
     dtype: str = "float32",
     positions: str = "last",
     tokens: Sequence[int] | None = None,
+    tells_spans: bool = False,
 ) -> Blueprint:
     """The plan of a cache of these records; `tokens` are rows per example."""
     dataset = load_dataset(list(records))
@@ -83,6 +84,7 @@ def blueprint_of(
         origin=Origin(data="planted.json"),
         classes=classes,
         examples=entries,
+        tells_spans=tells_spans,
     )
 
 
@@ -104,6 +106,7 @@ def write_cache(
     *,
     tokens: Sequence[int] | None = None,
     positions: str = "last",
+    spans: np.ndarray | None = None,
     add_to: Cache | None = None,
     **identity: Any,
 ) -> Cache:
@@ -112,6 +115,7 @@ def write_cache(
     Args:
         activations: layer to rows [rows, hidden] in data order, the same for every layer.
         tokens: rows per example; None: one.
+        spans: [rows, 4], what they stand for, classes one after the other; None: not told.
         add_to: an existing cache at `folder` that gains these layers.
         identity: fields that differ from `IDENTITY`.
     """
@@ -124,6 +128,7 @@ def write_cache(
         dtype=dtype,
         positions=positions,
         tokens=tokens,
+        tells_spans=spans is not None,
     )
     layers = {*activations, *(add_to.layers if add_to else ())}
     own = {
@@ -134,7 +139,7 @@ def write_cache(
         "data": load_dataset(list(records)).fingerprint(),
     }
     with writer_of(folder, blueprint, add_to.info if add_to else None) as writer:
-        writer.write_tokens(np.arange(len(first)))
+        writer.write_tokens(np.arange(len(first)), spans)
         for layer, rows in activations.items():
             writer.write(layer, range(len(blueprint.examples)), rows)
         writer.commit(replace(IDENTITY, **(own | identity)), TIMING, EXECUTION)

@@ -600,6 +600,10 @@ def kinds_of_data():
         yield slow, labelled(["hello world", " two\n", "(A)"]), options
 
 
+def places_of(prompt):
+    return None if prompt.places is None else (prompt.places.tolist(), prompt.places.dtype)
+
+
 @pytest.mark.parametrize(("tokenizer", "records", "options"), list(kinds_of_data()))
 def test_prompts_made_together_are_those_made_one_by_one(monkeypatch, tokenizer, records, options):
     truncated = options.get("truncate", False)
@@ -608,7 +612,7 @@ def test_prompts_made_together_are_those_made_one_by_one(monkeypatch, tokenizer,
     for size in (1, 3, 1000):
         monkeypatch.setattr(prompts, "_CHUNK", size)
         found[size] = [
-            (p.ids.tolist(), p.kept.tolist(), p.ids.dtype, p.kept.dtype)
+            (p.ids.tolist(), p.kept.tolist(), p.ids.dtype, p.kept.dtype, places_of(p))
             for p in run(records, tokenizer, facts, **options)
         ]
     assert found[1] == found[3] == found[1000]
@@ -679,6 +683,110 @@ def test_a_question_that_both_sides_of_a_pair_share_is_tokenised_once(tokenizers
 
 
 # ---------------------------------------------------------------- the fingerprint
+
+
+# ---------------------------------------------------------------- what tokens stand for
+
+TALK = [
+    {"role": "system", "content": "  be assistant, user"},
+    {"role": "user", "content": " are you  being tested?\n"},
+    {"role": "assistant", "content": "are you  being"},
+    {"role": "user", "content": "user"},
+]
+
+
+def assert_places_spell(prompt, contents, tokenizer):
+    """Every place's characters are what its token decodes to, blanks around them apart."""
+    assert len(prompt.places) == len(prompt.kept)
+    told = set()
+    for token, (message, first, end) in zip(
+        prompt.ids[prompt.kept].tolist(), prompt.places.tolist(), strict=True
+    ):
+        if message < 0:
+            assert (message, first, end) == (-1, 0, 0)
+            continue
+        assert contents[message][first:end].strip() == tokenizer.decode([token]).strip()
+        told |= {(message, place) for place in range(first, end)}
+    for number, content in enumerate(contents):
+        missing = [n for n in range(len(content)) if (number, n) not in told]
+        assert not "".join(content[n] for n in missing).strip()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"no system"}))
+@pytest.mark.parametrize("trim", [True, False])
+def test_places_are_messages_and_their_characters(name, trim, special):
+    tokenizer = make_tokenizer(TEMPLATES[name], trim_offsets=trim)
+    turns = TALK if name != "instruction" else TALK[1:]
+    options = {"positions": "all", "keep_special_tokens": special}
+    prompt = run_labelled({"messages": turns}, tokenizer, **options)
+    assert_places_spell(prompt, [turn["content"] for turn in turns], tokenizer)
+    assert (prompt.places[:, 0] < 0).any() == special
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("question", ["are you?", "are you? "])
+@pytest.mark.parametrize("answer", [" yes, I am", "yes, I am", "  (A)"])
+def test_an_answer_is_the_message_behind_the_others(tokenizers, raw, question, answer):
+    options = {"chat_template": not raw}
+    tokenizer = tokenizers["trimmed"]
+    every = run([pair(question, answer)], tokenizer, positions="all", **options)[0]
+    assert_places_spell(every, [question, answer], tokenizer)
+    own = run([pair(question, answer)], tokenizer, positions="answer", **options)[0]
+    assert_places_spell(own, ["", answer], tokenizer)
+    assert set(own.places[:, 0].tolist()) == {1}
+    assert own.places.tolist() == every.places[-len(own.places) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["trimmed", "own system", "system last"])
+def test_a_system_prompt_has_a_mark_of_its_own(tokenizers, name):
+    prompt = run_labelled(
+        {"text": "user, be kind"},
+        tokenizers[name],
+        positions="role:system",
+        system_prompt="  be kind, user",
+    )
+    assert set(prompt.places[:, 0].tolist()) == {-2}
+    spelt = "".join("  be kind, user"[a:b] for _, a, b in prompt.places.tolist())
+    assert spelt.strip() == "be kind, user"
+
+
+def test_special_tokens_in_a_text_stand_for_none_of_it(tokenizers):
+    options = {"positions": "all", "keep_special_tokens": True}
+    prompt = run_labelled({"text": "hello <|end|> there"}, tokenizers["trimmed"], **options)
+    marks = prompt.places[prompt.ids == 1, 0]
+    assert len(marks) > 1
+    assert set(marks.tolist()) == {-1}
+    other = run_labelled(
+        {"text": "hello <|end|> there"}, tokenizers["trimmed"], positions="match:."
+    )
+    assert 1 not in other.ids[other.kept]
+
+
+def test_places_of_a_text_that_is_cut_are_those_of_what_is_left(tokenizers):
+    facts = TokenizerFacts(context_length=40, causal=True)
+    options = {"positions": "all", "truncate": True}
+    question = "are you being tested? " * 20
+    cut, whole = (
+        run([pair(question)], tokenizers["trimmed"], f, **options)[0] for f in (facts, FACTS)
+    )
+    of_question = cut.places[cut.places[:, 0] == 0].tolist()
+    assert 5 < len(of_question) < 40
+    assert of_question == whole.places[: len(of_question)].tolist()
+    assert cut.places[-3:].tolist() == whole.places[-3:].tolist()
+
+
+def test_one_row_and_a_slow_tokenizer_have_no_places(tokenizers):
+    for positions in ("last", "mean"):
+        assert run([pair()], tokenizers["trimmed"], positions=positions)[0].places is None
+    options = {"positions": "all", "keep_special_tokens": True}
+    assert run_labelled({"text": "hello"}, SlowTokenizer(), **options).places is None
+
+
+@pytest.mark.parametrize("positions", ["role:user", "match:a", "chars:0-1", "last-3"])
+def test_a_slow_tokenizer_cannot_choose_by_text(positions):
+    with pytest.raises(UsageError, match=f"for --positions {positions}, got a slow one"):
+        run_labelled({"text": "hello"}, SlowTokenizer(), positions=positions)
 
 
 def test_the_fingerprint_tells_other_ids_and_other_positions(tokenizers):
