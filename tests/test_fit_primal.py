@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from probecache.errors import EmptyClassError, NoDirectionError, NonFiniteError, ShapeError
 from probecache.fit import primal_pairs, primal_rows, primal_scatter
 from probecache.fit.design import Design, Method
+from probecache.fit.methods import fit_layer
 from probecache.fit.primal import DEFAULT_RATIO, GRID, fit_many_rows
 
 EXAMPLES, HIDDEN, FOLDS = 500, 24, 5
@@ -336,6 +337,34 @@ def test_a_choice_inside_a_fold_never_sees_that_fold(weak):
     scale = np.abs(before.inner[2, ~here]).max()
     np.testing.assert_allclose(after.inner[2, ~here], before.inner[2, ~here], atol=1e-6 * scale)
     assert np.abs(after.inner[1, ~here & (turned.folds != 1)]).max() > 0
+
+
+# ---------------------------------------------------------------- the same as in the dual form
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_passes_and_the_gram_matrix_give_one_answer(data, standardize):
+    strengths = {Method.RIDGE: 20.0, Method.LOGISTIC: 0.3}
+    given = (HIDDEN, data.design, list(Method), strengths)
+    dual = fit_layer(data.chunks, *given, standardize=standardize)
+    primal = fit_many_rows(data.chunks, *given, standardize=standardize)
+    assert list(primal) == list(dual) == list(Method)
+    for method in Method:
+        one, other = primal[method], dual[method]
+        names = ("direction", "raw_norm", "typical_norm", "n_positive", "n_negative", "strength")
+        for name in names:
+            if standardize and (name, method) == ("raw_norm", Method.DIFFERENCE_OF_MEANS):
+                continue
+            found, expected = (getattr(fit.probe, name) for fit in (one, other))
+            if expected is None:
+                assert found is None
+            else:
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+        scale = np.abs(other.held_out).max()
+        np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-6 * scale)
+        np.testing.assert_allclose(one.inner, other.inner, atol=1e-6 * scale)
+        offset = other.probe.threshold - one.probe.threshold
+        assert abs(offset) < 1e-6 * np.linalg.norm(data.rows[0])
 
 
 # ---------------------------------------------------------------- rows in any pieces

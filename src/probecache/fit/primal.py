@@ -137,7 +137,7 @@ class _Problem:
 
     @cached_property
     def ratios(self) -> tuple[float, Floats]:
-        """Ridge's strengths, as shares of mean eigenvalues: for everything, and without each fold."""
+        """Ridge's strengths as shares of mean eigenvalues: of everything, and without each fold."""
         if not len(self.sets.without):
             return DEFAULT_RATIO, np.empty(0)
         return choose_ratios(self.ridge)
@@ -214,6 +214,7 @@ class _Problem:
         """Ridge at alpha = n g / (1 - g) tr(S) / d, S the within-class covariance."""
         shrinkage = self._shrinkage()
         trace = (self.sets.within / self.penalty).mean(axis=1)
+        trace[trace == 0] = 1  # classes without any spread: whatever the length
         weights = self._apart / self.penalty.T / trace
         some = np.flatnonzero(shrinkage < 1)
         share = shrinkage[some]

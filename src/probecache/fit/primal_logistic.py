@@ -198,7 +198,7 @@ class _Newton:
             if not left.size:
                 break
             share[left] /= 2
-        return share == 1
+        return np.asarray(share == 1)
 
     def _refill(self, point: _Point) -> None:
         """A scatter of rows weighted as at this point; one pass and a factor."""

@@ -67,7 +67,8 @@ class RowPasses:
 
     def batches(self, dtype: type[np.floating[Any]] = np.float64) -> Iterator[Batch]:
         """One pass over the rows, in `dtype`."""
-        most = max(1, min(4096, _BATCH_BYTES // (8 * self.hidden_size)))
+        row_bytes = np.dtype(dtype).itemsize * self.hidden_size
+        most = max(1, min(4096, _BATCH_BYTES // row_bytes))
         rows = np.empty((most, self.hidden_size), dtype=dtype)
         owners = np.empty(most, dtype=np.intp)
         filled = 0
@@ -161,7 +162,7 @@ def _first_mean(rows: RowPasses) -> Floats:
 def _norms(centred: Floats, centre: Floats) -> NDArray[np.float32]:
     """Norms of the rows before they were centred, without another copy of them."""
     squares = np.einsum("mh,mh->m", centred, centred) + 2 * (centred @ centre) + centre @ centre
-    return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
+    return np.asarray(np.sqrt(np.maximum(squares, 0)), dtype=np.float32)
 
 
 def _require_finite(batch: Batch, seen: Floats) -> None:

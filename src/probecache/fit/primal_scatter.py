@@ -93,7 +93,7 @@ class Scatter:
             self._mirror()
             with np.errstate(over="ignore"):
                 np.fill_diagonal(self.matrix, self.diagonal * (1 + raised) + penalty)
-            # The transpose is LAPACK's order: nothing is copied, and its lower triangle is ours above.
+            # The transpose is in LAPACK's order: nothing is copied, its lower triangle is our upper.
             _, failed = lapack.spotrf(self.matrix.T, lower=1, clean=0, overwrite_a=1)
             if not failed:
                 return
@@ -136,7 +136,7 @@ def _less(cut: slice, start: int) -> slice:
 
 
 def _fold_scatters(rows: RowPasses, folds: int, first: int, last: int) -> Float32s:
-    """Every fold's own scatter, columns first to last, rows from first: [folds, hidden - first, .]"""
+    """Every fold's own scatter, columns from first to last: [folds, hidden - first, columns]."""
     hidden = rows.hidden_size
     parts = np.zeros((folds, hidden - first, last - first), dtype=np.float32)
     for batch in rows.batches(np.float32):
@@ -174,8 +174,8 @@ def ledoit_wolf(rows: RowPasses, sets: TrainingSets, scales: Floats, norms: Floa
     """The shrinkage of each training set's within-class covariance; one pass.
 
     With S = (1/n) sum z z' of rows less their class's mean, divided by `scales`, and m = tr S / d:
-    the expected error of S over its distance from m I, (sum |z|^4 / n - |S|^2) / n over |S - m I|^2,
-    both in the Frobenius norm, at most 1.
+    the expected error of S over its distance from m I, (sum |z|^4 / n - |S|^2) / n over
+    |S - m I|^2, in the Frobenius norm, at most 1.
 
     Args:
         scales: [sets, hidden].
