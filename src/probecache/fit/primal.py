@@ -67,8 +67,9 @@ def fit_many_rows(
         FitError: no convergence; says which strength to change.
     """
     problem = _Problem.read(chunks, hidden_size, design, standardize, dict(strengths or {}))
-    # Logistic regression spoils the scatter, so it is the last.
-    order = sorted(methods, key=lambda method: method is Method.LOGISTIC)
+    # What LDA gathers serves all; logistic regression spoils it.
+    last = {Method.LDA: -1, Method.LOGISTIC: 1}
+    order = sorted(methods, key=lambda method: last.get(method, 0))
     fitted = {method: problem.fit(method) for method in order}
     scores = _held_out_scores(problem, list(fitted.values()))
     return {
@@ -249,8 +250,7 @@ class _Problem:
     def _pca(self) -> _Fitted:
         scales = np.sqrt(self.penalty)
         weights, spread = pair_directions(self.rows, self.sets, self.design.groups, scales)
-        norm = float(np.linalg.norm(weights[:, 0]))
-        return self._midway(weights, self._plain_table(), scale=float(spread[0]) / norm)
+        return self._midway(weights, self._plain_table(), scale=float(spread[0]))
 
     def _midway(
         self, weights: Floats, table: Ints, strength: float | None = None, scale: float = 1.0
