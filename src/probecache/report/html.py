@@ -86,6 +86,7 @@ def page_environment() -> Environment:
     )
     environment.filters["shown"] = shown
     environment.filters["score"] = panels.score_text
+    environment.filters["signed"] = panels.signed
     return environment
 
 

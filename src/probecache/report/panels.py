@@ -29,6 +29,7 @@ __all__ = [
     "extremes",
     "prompt_table",
     "score_text",
+    "signed",
     "tiles",
     "token_prompts",
     "training_facts",
@@ -99,6 +100,11 @@ def score_text(value: float | None) -> str:
     return f"−{size}" if value < 0 else size
 
 
+def signed(value: float) -> str:
+    """A difference, three decimals with its sign."""
+    return f"{'−' if value < 0 else '+'}{abs(value):.3f}"
+
+
 def verdict(validation: Validation) -> str:
     """What the best layer's interval, and the test that counts all layers, allow to say."""
     best, test = validation.best, validation.evidence.best_of_all
@@ -124,12 +130,12 @@ def tiles(validation: Validation) -> list[Tile]:
     artefacts = evidence.artefacts
     if artefacts and artefacts.best and artefacts.best.estimate:
         title = shown(artefacts.best.title, 40)
-        gain = "" if artefacts.gain is None else f"the probe's gain is {_signed(artefacts.gain)}"
+        gain = "" if artefacts.gain is None else f"the probe's gain is {signed(artefacts.gain)}"
         found.append(Tile(f"Best baseline: {title}", f"{artefacts.best.estimate.value:.3f}", gain))
     if evidence.best_of_all:
         test = evidence.best_of_all
         note = f"best of all layers, {test.permutations:,} permutations"
-        found.append(Tile("p-value", _p_text(test.p_value).removeprefix("p "), note))
+        found.append(Tile("p-value", _p_text(test.p_value).removeprefix("p = "), note))
     return found
 
 
@@ -175,7 +181,7 @@ def artefact_facts(artefacts: Artefacts) -> list[Fact]:
         share = f" ({positive / (positive + negative):.0%} positive)" if positive + negative else ""
         found.append(("Class balance", f"{positive} against {negative}{share}"))
     if artefacts.pair_agreement is not None:
-        words = f"mean cosine {_signed(artefacts.pair_agreement)} (1 = all alike, 0 = unrelated)"
+        words = f"mean cosine {signed(artefacts.pair_agreement)} (1 = all alike, 0 = unrelated)"
         found.append(("Agreement of pair differences", words))
     if artefacts.outlier_share is not None:
         found.append(("Outlier dimensions", _outliers(artefacts)))
@@ -309,10 +315,6 @@ def _top(estimate: Interval) -> float:
 
 def _p_text(p_value: float) -> str:
     return f"p = {p_value:.3f}" if p_value >= 0.001 else f"p = {p_value:.1g}"
-
-
-def _signed(value: float) -> str:
-    return f"{'−' if value < 0 else '+'}{abs(value):.3f}"
 
 
 def _outliers(artefacts: Artefacts) -> str:
