@@ -23,6 +23,7 @@ from probecache.report.style import INK, MUTED, framed, margined, name_of
 __all__ = [
     "MOST_PANELS",
     "bin_edges",
+    "exponent_of",
     "histograms",
     "layer_scores",
     "panel_layers",
@@ -104,7 +105,7 @@ def _score_label(figure: Figure, validation: Validation, narrow: bool) -> None:
 def _score_panel(
     axes: Any, result: LayerResult, layer: LayerScores, groups: list[ClassGroup]
 ) -> None:
-    exponent = _exponent(layer.scores)
+    exponent = exponent_of(layer.scores)
     scores = layer.scores / 10.0**exponent
     edges = bin_edges(scores, groups)
     for group, counts in zip(groups, histograms(scores, layer.classes, edges, groups), strict=True):
@@ -141,7 +142,7 @@ def _histogram(
     axes.stairs(counts, edges, color=colour, linewidth=1.3)
 
 
-def _exponent(scores: Floats) -> int:
+def exponent_of(scores: Floats) -> int:
     """The power of ten to take out of the axis, 0 for scores of a usual size."""
     largest = float(np.abs(scores).max())
     if largest == 0 or 1e-3 <= largest < 1e4:

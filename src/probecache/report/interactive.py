@@ -17,7 +17,7 @@ import numpy as np
 
 from probecache.metrics import roc_curve
 from probecache.report.classes import ClassGroup
-from probecache.report.distributions import bin_edges, histograms
+from probecache.report.distributions import bin_edges, exponent_of, histograms
 from probecache.report.layer_curve import curve_limits
 from probecache.report.roc import operating_points, thinned
 from probecache.report.saved import LayerScores, Validation
@@ -81,9 +81,12 @@ def _roc(scores: LayerScores) -> list[int]:
 
 
 def _histogram(scores: LayerScores, groups: list[ClassGroup]) -> list[Any]:
-    edges = bin_edges(scores.scores, groups)
-    counts = histograms(scores.scores, scores.classes, edges, groups)
-    return [_short(edges[0]), _short(edges[-1]), *(one.tolist() for one in counts)]
+    unit = 10.0 ** exponent_of(scores.scores)
+    scaled = scores.scores / unit
+    edges = bin_edges(scaled, groups)
+    counts = histograms(scaled, scores.classes, edges, groups)
+    ends = [_short(float(edge) * unit) for edge in (edges[0], edges[-1])]
+    return [*ends, *(one.tolist() for one in counts)]
 
 
 def _short(value: float) -> float:
