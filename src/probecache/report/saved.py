@@ -29,7 +29,14 @@ from probecache.report.evidence import Evidence, read_evidence
 from probecache.report.fields import count, flag, number, optional, probability, shown, text
 from probecache.report.tokens import TOKEN_SCORES, TokenScores, token_scores
 
-__all__ = ["LayerResult", "LayerScores", "Validation", "read_validation", "shown"]
+__all__ = [
+    "LayerResult",
+    "LayerScores",
+    "Validation",
+    "malformed",
+    "read_validation",
+    "shown",
+]
 
 FORMAT, FORMAT_VERSION = "probecache-validation", 1
 FACTS = (
@@ -124,7 +131,7 @@ def read_validation(folder: Path) -> Validation:
     """
     path = folder / "summary.json"
     summary = _read_json(path)
-    with _malformed(path):
+    with malformed(path):
         _check_format(summary)
         results = _layer_results(summary["layers"])
         best_layer = _member(summary["best_layer"], results)
@@ -164,7 +171,7 @@ def _token_scores(path: Path) -> TokenScores | None:
     except (OSError, ValueError) as error:
         got = getattr(error, "strerror", None) or error
         raise StoreError(f"expected JSON in {path}, got: {got}; {AGAIN}") from error
-    with _malformed(path):
+    with malformed(path):
         return token_scores(record)
 
 
@@ -182,14 +189,14 @@ def _read_json(path: Path) -> Any:
 
 
 @contextmanager
-def _malformed(path: Path) -> Iterator[None]:
+def malformed(path: Path, advice: str = AGAIN) -> Iterator[None]:
     """Name the file when a value inside it is missing or of the wrong kind."""
     try:
         yield
     except KeyError as error:
-        raise StoreError(f"expected {error} in {path}, found none; {AGAIN}") from error
+        raise StoreError(f"expected {error} in {path}, found none; {advice}") from error
     except (TypeError, ValueError, AttributeError, IndexError, csv.Error, FitError) as error:
-        raise StoreError(f"malformed {path}: {error}; {AGAIN}") from error
+        raise StoreError(f"malformed {path}: {error}; {advice}") from error
 
 
 def _check_format(summary: Any) -> None:
@@ -244,14 +251,14 @@ def _checked_scores(
 ) -> LayerScores:
     path = folder / f"probe_stats_layer{result.layer}.csv"
     scores = _read_scores(path, positive_class, column)
-    with _malformed(path):
+    with malformed(path):
         _check_against_summary(scores, result)
         _check_classes(scores, sizes)
     return scores
 
 
 def _read_scores(path: Path, positive_class: str, column: str) -> LayerScores:
-    with _malformed(path):
+    with malformed(path):
         try:
             content = io.BytesIO(read_text_bytes(path))
         except OSError as error:
