@@ -10,7 +10,13 @@ import scipy.stats
 from sklearn.metrics import roc_auc_score
 
 from probecache.errors import EmptyClassError, FitError, ShapeError
-from probecache.metrics import auroc, grouped_difference, grouped_interval, paired_difference
+from probecache.metrics import (
+    auroc,
+    grouped_difference,
+    grouped_differences,
+    grouped_interval,
+    paired_difference,
+)
 from probecache.metrics.resampling import group_resamples
 from probecache.metrics.student import t_quantile, t_two_sided
 
@@ -138,6 +144,18 @@ def test_the_difference_of_single_examples_is_delongs():
     assert found.difference == expected.difference
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
     assert found.p_value == pytest.approx(expected.p_value, abs=0.03)
+
+
+def test_all_differences_from_one_are_those_of_each_pair():
+    rows, labels, groups = clustered(np.random.default_rng(7), clusters, 30, (1.0, 0.5, 0.0))
+    found = grouped_differences(rows, 1, labels, groups, 100)
+    expected = [grouped_difference(row, rows[1], labels, groups, 100) for row in rows]
+    for one, other in zip(found, expected, strict=True):
+        assert one.difference == other.difference
+        assert (one.low, one.high, one.p_value) == pytest.approx(
+            (other.low, other.high, other.p_value), abs=1e-12
+        )
+    assert (found[1].difference, found[1].p_value) == (0.0, 1.0)
 
 
 def test_perfect_scorers_are_bounded_by_the_number_of_groups_not_of_examples():

@@ -14,7 +14,11 @@ from probecache.metrics.calibration import Bin, Calibration, Platt, calibration,
 from probecache.metrics.delong import AurocDifference, delong_covariance, paired_difference
 from probecache.metrics.operating import TprEstimate, negatives_needed, tpr_at_fpr
 from probecache.metrics.permutation import PermutationTest, permutation_test
-from probecache.metrics.resampling import grouped_difference, grouped_interval
+from probecache.metrics.resampling import (
+    grouped_difference,
+    grouped_differences,
+    grouped_interval,
+)
 
 __all__ = [
     "AurocDifference",
@@ -31,6 +35,7 @@ __all__ = [
     "delong_covariance",
     "fit_platt",
     "grouped_difference",
+    "grouped_differences",
     "grouped_interval",
     "logit_interval",
     "negatives_needed",

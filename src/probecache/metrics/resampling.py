@@ -28,7 +28,13 @@ from probecache.metrics.inputs import (
 from probecache.metrics.ranks import area_of_wins, areas_of_wins, wins_and_losses
 from probecache.metrics.student import t_quantile
 
-__all__ = ["group_resamples", "group_weights", "grouped_difference", "grouped_interval"]
+__all__ = [
+    "group_resamples",
+    "group_weights",
+    "grouped_difference",
+    "grouped_differences",
+    "grouped_interval",
+]
 
 # Examples times resamples held at once: 2^21 weights are 16 MiB.
 WEIGHTS_AT_ONCE = 1 << 21
@@ -119,14 +125,44 @@ def grouped_difference(
     Raises:
         ShapeError, EmptyClassError, FitError: as `grouped_interval`.
     """
-    rows, positive = checked_pair(first, second, is_positive)
+    rows, _ = checked_pair(first, second, is_positive)
+    return grouped_differences(rows, 1, is_positive, groups, count, seed, level)[0]
+
+
+def grouped_differences(
+    scores: ArrayLike,
+    reference: int,
+    is_positive: ArrayLike,
+    groups: Sequence[Hashable] | ArrayLike,
+    count: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[AurocDifference]:
+    """`grouped_difference` of each of k scorers and one of them, for the cost of k intervals.
+
+    Args:
+        scores: [k, n], finite; a row for each scorer.
+        reference: the row that is subtracted; its own difference is 0, with p-value 1.
+        is_positive, groups, count, seed, level: as in `grouped_interval`.
+
+    Returns:
+        A difference for each row: its AUROC minus the reference's.
+
+    Raises:
+        ShapeError, EmptyClassError, FitError: as `grouped_interval`.
+    """
+    rows, positive = checked_rows(scores, is_positive)
     members = checked_groups(groups, positive.size)
     fewest = _fewest_groups(positive, members)
     resampled = group_resamples(rows, positive, members, count, seed)
-    variance = float((resampled[:, 0] - resampled[:, 1]).var(ddof=1)) if fewest > 1 else 0.0
+    variances = (resampled - resampled[:, [reference]]).var(axis=0, ddof=1)
     wins, losses = wins_and_losses(rows, positive)
-    difference = float((wins[0] - wins[1]).sum()) / (wins.shape[1] * losses.shape[1])
-    return difference_estimate(difference, variance, fewest, level, max(1, fewest - 1))
+    gained = (wins - wins[reference]).sum(axis=1) / (wins.shape[1] * losses.shape[1])
+    known = variances if fewest > 1 else np.zeros_like(variances)
+    return [
+        difference_estimate(difference, variance, fewest, level, max(1, fewest - 1))
+        for difference, variance in zip(gained.tolist(), known.tolist(), strict=True)
+    ]
 
 
 def group_resamples(rows: Floats, positive: Bools, members: Ints, count: int, seed: int) -> Floats:
