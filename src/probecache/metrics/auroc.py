@@ -158,8 +158,7 @@ def auroc_within_folds(
 
     Raises:
         ShapeError: scores, labels, folds and groups differ in number.
-        EmptyClassError: a class has no scores, or no fold holds both.
-        FitError: fewer than two folds, or as `auroc`.
+        EmptyClassError, FitError: as `auroc`; no fold holds both classes, or there is one fold.
 
     Source: averaging rather than pooling, Airola et al. 2011, Comput. Stat. Data Anal. 55:1828;
     interval by the influence of each example, LeDell et al. 2015, Electron. J. Stat. 9:1583, summed

@@ -80,33 +80,29 @@ def tpr_at_fpr(
     The threshold is the smallest that leaves a share of at most `fpr` of the negatives strictly
     above it: it is a negative's own score, and tied negatives fall on one side together.
 
-    The interval counts that the threshold is an estimate too, which at 1 % hangs on a few
-    negatives. How many negatives lie above the true threshold is binomial (n_negative, fpr),
-    whatever their distribution: it is drawn, the threshold taken between the two negatives that
-    this leaves it between (beyond the last: any rate down to 0), and the rate drawn from Jeffreys'
-    distribution for the positives above; the interval holds the middle `level` of the draws. With
-    `groups`, whole groups of both classes are resampled instead and the threshold is found anew in
-    each; that interval is no narrower than Wilson's for as many trials as positive groups.
+    The interval counts that the threshold is an estimate too. How many negatives lie above the
+    true threshold is binomial (n_negative, fpr): it is drawn, the threshold taken between the two
+    negatives that this leaves it between (beyond the last: any rate down to 0), and the rate drawn
+    from Jeffreys' distribution for the positives above; the interval holds the middle `level` of
+    the draws. With `groups`, whole groups of both classes are resampled and the threshold found
+    anew in each; that interval is no narrower than Wilson's for as many trials as positive groups.
 
-    The low end is therefore low, even for scores that separate the classes, as long as the chance
-    that no negative at all lies above the true threshold is over (1 - level) / 2: at 95 % with
-    fewer than 3.7 / fpr negatives, 369 for 1 %.
-
-    On binormal scores it covered 95 to 98 of 100 at nominal 95, the most where only three negatives
-    are allowed; an interval for a threshold taken as known covered fewer than 70.
+    The low end is low, even for scores that separate the classes, where no negative at all may lie
+    above the true threshold: at 95 % with fewer than 3.7 / fpr negatives, 369 for 1 %. On binormal
+    scores it covered 95 to 98 of 100 at nominal 95, with groups 94 to 97; an interval for a
+    threshold taken as known covered fewer than 70.
 
     Args:
         scores: [n], finite, in any unit.
         is_positive: [n] booleans, True for the class that a higher score means.
         fpr: false positive rate, in (0, 1).
         level: two-sided confidence, in (0, 1).
-        groups: [n] what was sampled together, resampled whole; without, each class by itself.
-        count: resamples.
-        seed: of the resamples.
+        groups: [n] what was sampled together; without, all examples are independent.
+        count, seed: of the draws.
 
     Raises:
-        ShapeError, EmptyClassError: as `auroc`.
-        FitError: as `auroc`; fewer negatives than `negatives_needed`, or fpr is outside (0, 1).
+        ShapeError, EmptyClassError, FitError: as `auroc`; FitError for fewer negatives than
+            `negatives_needed`, or fpr outside (0, 1).
 
     Source: order statistics and the quantile, David & Nagaraja 2003, section 7.1; Jeffreys'
     interval, Brown et al. 2001, Stat. Sci. 16:101.
