@@ -5,12 +5,12 @@ Guarantee: every line goes through `_say`, so no text of a stranger reaches the 
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import TYPE_CHECKING
 
 from probecache.errors import printable
 from probecache.layers import format_layers
+from probecache.metrics import negatives_needed
 
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
@@ -268,7 +268,7 @@ def _print_best(result: Validation) -> None:
     for rate, found in best.tpr.items():
         percent = round(100 * rate)
         if found is None:
-            needed = math.ceil(3 / rate)
+            needed = negatives_needed(rate)
             _say(
                 f"TPR at {percent}% FPR: not said of {best.auroc.n_negative} negatives; it takes "
                 f"{needed}"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from probecache.errors import FitError
 from probecache.metrics import (
     AurocDifference,
     AurocEstimate,
@@ -23,8 +22,9 @@ from probecache.metrics import (
     accuracy_at,
     auroc,
     calibration,
-    grouped_difference,
+    grouped_differences,
     grouped_interval,
+    negatives_needed,
     paired_difference,
     permutation_test,
     tpr_at_fpr,
@@ -43,6 +43,8 @@ Bools = NDArray[np.bool_]
 # A threshold that leaves less than this share on one side has not carried over.
 _ONE_SIDE = 0.05
 _RATES = (0.01, 0.05)
+# Of the interval of a rate: many at the layer that is quoted, enough to look at elsewhere.
+_RESAMPLES, _FEW_RESAMPLES = 2000, 400
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def judge(
         areas = [auroc(scores, positive) for scores in matrix]
     test = permutation_test(matrix, positive, groups)
     best = int(np.argmax([area.auroc for area in areas]))
+    below = _below_best(matrix, best, positive, groups if clustered else None)
     results = tuple(
         LayerResult(
             layer=layer,
@@ -136,10 +139,17 @@ def judge(
             scores=matrix[place],
             is_positive=positive,
             trained=trained[layer],
-            below_best=None
-            if place == best
-            else _difference(matrix[best], matrix[place], positive, groups if clustered else None),
-            tpr={rate: _tpr(matrix[place], positive, rate) for rate in _RATES},
+            below_best=below[place],
+            tpr={
+                rate: _tpr(
+                    matrix[place],
+                    positive,
+                    rate,
+                    groups if clustered else None,
+                    _RESAMPLES if place == best else _FEW_RESAMPLES,
+                )
+                for rate in _RATES
+            },
             calibration=_calibration(matrix[place], positive, trained[layer]),
             random=random.get(layer),
         )
@@ -149,20 +159,28 @@ def judge(
     return Judged(results, results[best], test, interval, clustered)
 
 
-def _difference(
-    first: Floats, second: Floats, positive: Bools, groups: NDArray[np.intp] | None
-) -> AurocDifference:
-    if groups is None:
-        return paired_difference(first, second, positive)
-    return grouped_difference(first, second, positive, groups)
+def _below_best(
+    matrix: Floats, best: int, positive: Bools, groups: NDArray[np.intp] | None
+) -> list[AurocDifference | None]:
+    """How far each layer lies below the best one, in pairs; None for the best itself."""
+    if groups is not None:
+        found = [_turned(one) for one in grouped_differences(matrix, best, positive, groups)]
+    else:
+        found = [paired_difference(matrix[best], scores, positive) for scores in matrix]
+    return [None if place == best else one for place, one in enumerate(found)]
 
 
-def _tpr(scores: Floats, positive: Bools, rate: float) -> TprEstimate | None:
+def _turned(one: AurocDifference) -> AurocDifference:
+    return AurocDifference(-one.difference, -one.high, -one.low, one.p_value, one.level)
+
+
+def _tpr(
+    scores: Floats, positive: Bools, rate: float, groups: NDArray[np.intp] | None, count: int
+) -> TprEstimate | None:
     """None where there are too few negatives to say."""
-    try:
-        return tpr_at_fpr(scores, positive, rate)
-    except FitError:
+    if (~positive).sum() < negatives_needed(rate):
         return None
+    return tpr_at_fpr(scores, positive, rate, groups=groups, count=count)
 
 
 def _calibration(scores: Floats, positive: Bools, trained: LayerRecord) -> Calibration | None:
