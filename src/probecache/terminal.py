@@ -185,10 +185,15 @@ def print_vectors(vectors: SavedVectors) -> None:
 
 def _print_cross_validation(validated: CrossValidationRecord) -> None:
     nested = validated.nested
+    chosen = (
+        f". With the layer chosen anew in each fold: AUROC {nested.auroc:.3f} [{nested.low:.3f}, "
+        f"{nested.high:.3f}]"
+        if nested
+        else ""
+    )
     _say(
         f"Held out in {validated.folds} folds of {validated.groups} groups; best layer "
-        f"{validated.best_layer}. With the layer chosen anew in each fold: AUROC "
-        f"{nested.auroc:.3f} [{nested.low:.3f}, {nested.high:.3f}]"
+        f"{validated.best_layer}{chosen}"
     )
     if validated.near_duplicates:
         _say(

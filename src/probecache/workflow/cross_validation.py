@@ -121,26 +121,30 @@ def nested_estimate(fits: Mapping[int, MethodFit], split: Split) -> CrossValidat
     """
     if split.folds is None:
         return None
-    scores = np.empty(len(split.is_positive))
-    chosen = []
-    for fold in range(int(split.folds.max()) + 1):
-        here = split.folds == fold
-        layer = max(fits, key=lambda one: _inner_auroc(fits[one], split, fold))
-        chosen.append(layer)
-        held_out = fits[layer].held_out
-        assert held_out is not None
-        scores[here] = held_out[here]
-    found = auroc_within_folds(scores, split.is_positive, split.folds, split.groups)
-    best = max(fits, key=lambda one: _outer_auroc(fits[one], split))
+    folds = int(split.folds.max()) + 1
+    chosen: list[int] = []
+    if folds > 2:  # of two folds, leaving out both leaves nothing
+        chosen = [max(fits, key=lambda n: _inner_auroc(fits[n], split, f)) for f in range(folds)]
     return CrossValidationRecord(
-        folds=int(split.folds.max()) + 1,
+        folds=folds,
         groups=len(np.unique(split.groups)),
         near_duplicates=split.near_duplicates,
         near_duplicates_together=split.together,
-        best_layer=best,
-        nested=_estimate(found),
+        best_layer=max(fits, key=lambda n: _outer_auroc(fits[n], split)),
+        nested=_nested(fits, split, chosen) if chosen else None,
         layer_by_fold=chosen,
     )
+
+
+def _nested(fits: Mapping[int, MethodFit], split: Split, chosen: Sequence[int]) -> Estimate:
+    """The AUROC where each fold is scored at the layer chosen for it."""
+    assert split.folds is not None
+    scores = np.empty(len(split.is_positive))
+    for fold, layer in enumerate(chosen):
+        held_out = fits[layer].held_out
+        assert held_out is not None
+        scores[split.folds == fold] = held_out[split.folds == fold]
+    return _estimate(auroc_within_folds(scores, split.is_positive, split.folds, split.groups))
 
 
 def platt_of(fit: MethodFit, split: Split) -> PlattRecord | None:
