@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -23,17 +24,17 @@ EXAMPLES, HIDDEN, FOLDS = 500, 24, 5
 class Data:
     """Unbalanced, correlated, badly scaled rows far from 0, one to five of each example."""
 
-    def __init__(self, seed=0, folds=FOLDS, paired=True, apart=0.6):
+    def __init__(self, seed=0, folds=FOLDS, paired=True, apart=0.6, examples=EXAMPLES):
         rng = np.random.default_rng(seed)
-        self.per_example = rng.integers(1, 6, EXAMPLES)
+        self.per_example = rng.integers(1, 6, examples)
         if paired:  # some groups hold both classes, most only one
-            self.groups = np.arange(EXAMPLES) // 2
-            self.positive = (np.arange(EXAMPLES) % 2 == 0) & (self.groups % 2 == 0)
+            self.groups = np.arange(examples) // 2
+            self.positive = (np.arange(examples) % 2 == 0) & (self.groups % 2 == 0)
         else:
-            self.groups = np.arange(EXAMPLES)
-            self.positive = rng.random(EXAMPLES) < 0.2
+            self.groups = np.arange(examples)
+            self.positive = rng.random(examples) < 0.2
         self.folds = rng.permutation(self.groups.max() + 1)[self.groups] % folds if folds else None
-        self.owners = np.repeat(np.arange(EXAMPLES), self.per_example)
+        self.owners = np.repeat(np.arange(examples), self.per_example)
         rows = rng.normal(size=(len(self.owners), HIDDEN))
         rows = rows @ (np.eye(HIDDEN) + 0.3 * rng.normal(size=(HIDDEN, HIDDEN)))
         rows[self.positive[self.owners]] += apart * rng.normal(size=HIDDEN)
@@ -343,7 +344,8 @@ def test_a_choice_inside_a_fold_never_sees_that_fold(weak):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_passes_and_the_gram_matrix_give_one_answer(data, standardize):
+def test_passes_and_the_gram_matrix_give_one_answer(standardize):
+    data = Data(seed=1, examples=100)
     strengths = {Method.RIDGE: 20.0, Method.LOGISTIC: 0.3}
     given = (HIDDEN, data.design, list(Method), strengths)
     dual = fit_layer(data.chunks, *given, standardize=standardize)
@@ -393,6 +395,33 @@ def test_rows_may_come_in_any_pieces(data):
         lambda: data.chunks(1), HIDDEN, data.design, [Method.LOGISTIC], {Method.LOGISTIC: 0.1}
     )[Method.LOGISTIC]
     np.testing.assert_array_equal(single.held_out, whole.held_out)
+
+
+def test_memory_does_not_grow_with_the_rows(monkeypatch):
+    monkeypatch.setattr(primal_rows, "_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(primal_scatter, "_TILE", 16)
+    positive = np.arange(100) % 3 == 0
+    design = Design(positive, np.arange(100) // 2, np.arange(100) // 2 % 4)
+
+    strengths = {Method.LDA: None, Method.RIDGE: 10.0, Method.LOGISTIC: 0.1}
+
+    def peak(repeats):
+        def chunks():
+            for number in range(repeats):
+                rows = np.random.default_rng(number).normal(size=(100, 32)).astype(np.float32)
+                rows[positive, :5] += 0.5
+                yield np.arange(100), rows
+
+        tracemalloc.start()
+        try:
+            fit_many_rows(chunks, 32, design, list(strengths), strengths)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(5), peak(60)
+    # 6000 rows of 32 float32 are 768 kB; only the norms, 4 bytes each, are kept.
+    assert many < few + 100_000
 
 
 def test_an_example_without_rows_has_no_score(data):

@@ -104,7 +104,7 @@ class _Problem:
     sets: TrainingSets
     penalty: Floats
     strengths: Mapping[Method, float | None]
-    _norms: Floats | None = None
+    _solver: RidgeSolver | None = None
 
     @classmethod
     def read(
@@ -129,12 +129,14 @@ class _Problem:
         penalty = np.where(constant | (not standardize), 1.0, sets.spreads)
         return cls(rows, design, moments, sets, penalty, strengths)
 
-    @cached_property
+    @property
     def ridge(self) -> RidgeSolver:
-        """The solver, its scatter gathered; for LDA with what Ledoit and Wolf need."""
-        scatter = Scatter(self.rows.hidden_size)
-        scatter.gather(self.rows)
-        return RidgeSolver(self.rows, self.sets, scatter, self.penalty)
+        """The solver that ridge, logistic regression and LDA share, its scatter gathered."""
+        if self._solver is None:
+            scatter = Scatter(self.rows.hidden_size)
+            scatter.gather(self.rows)
+            self._solver = RidgeSolver(self.rows, self.sets, scatter, self.penalty)
+        return self._solver
 
     @cached_property
     def ratios(self) -> tuple[float, Floats]:
@@ -148,7 +150,7 @@ class _Problem:
         if method is Method.PCA:
             return self._pca()
         if method is Method.DIFFERENCE_OF_MEANS:
-            return self._midway(self._apart / self.penalty.T, self._plain_table())
+            return self._midway(self._apart / self.penalty.T, self.sets.without)
         if method is Method.LDA:
             return self._lda()
         return self._ridge() if method is Method.RIDGE else self._logistic()
@@ -176,16 +178,13 @@ class _Problem:
         """Differences of the sets' means, [hidden, sets]."""
         return np.asarray((self.sets.means[:, 1] - self.sets.means[:, 0]).T)
 
-    def _plain_table(self) -> Ints:
-        return self.sets.without
-
     def _columns(self, method: Method) -> tuple[Columns, Ints]:
         """What ridge and logistic regression solve, alphas in ridge's units, and the table."""
         given = self.strengths.get(method)
         if given is not None:
             alpha = given if method is Method.RIDGE else 4 / given
             every = np.arange(len(self.sets.used))
-            return Columns(every, np.full(len(every), alpha)), self._plain_table()
+            return Columns(every, np.full(len(every), alpha)), self.sets.without
         whole, inside = self.ratios
         wanted: dict[tuple[int, float], int] = {(0, whole): 0}
         table = np.full(self.sets.without.shape, -1)
@@ -194,11 +193,7 @@ class _Problem:
                 table[f, g] = wanted.setdefault((int(number), float(inside[f])), len(wanted))
         sets = np.array([number for number, _ in wanted])
         ratios = np.array([ratio for _, ratio in wanted])
-        return Columns(sets, ratios * self._mean_eigenvalues[sets]), table
-
-    @property
-    def _mean_eigenvalues(self) -> Floats:
-        return np.asarray(self.sets.sizes * (self.sets.spreads / self.penalty).mean(axis=1))
+        return Columns(sets, ratios * self.ridge.mean_eigenvalues()[sets]), table
 
     def _ridge(self) -> _Fitted:
         columns, table = self._columns(Method.RIDGE)
@@ -224,7 +219,7 @@ class _Problem:
         if some.size:
             solved = self.ridge.solve(columns)
             weights[:, some] = solved * self._lda_scale(solved, some, share)
-        return self._midway(weights, self._plain_table(), float(shrinkage[0]))
+        return self._midway(weights, self.sets.without, float(shrinkage[0]))
 
     def _lda_scale(self, ridge: Floats, some: Ints, share: Floats) -> Floats:
         """What makes ridge's weights the inverse covariance times the difference of means.
@@ -243,14 +238,14 @@ class _Problem:
         scales = np.sqrt(self.penalty)
         scatter = Scatter(self.rows.hidden_size)
         norms = scatter.gather_by_folds(self.rows, self.sets, scales)
-        # The same scatter that ridge wants: gathered once for both.
-        self.__dict__.setdefault("ridge", RidgeSolver(self.rows, self.sets, scatter, self.penalty))
+        # The scatter that ridge wants is made on the way.
+        self._solver = RidgeSolver(self.rows, self.sets, scatter, self.penalty)
         return ledoit_wolf(self.rows, self.sets, scales, norms)
 
     def _pca(self) -> _Fitted:
         scales = np.sqrt(self.penalty)
         weights, spread = pair_directions(self.rows, self.sets, self.design.groups, scales)
-        return self._midway(weights, self._plain_table(), scale=float(spread[0]))
+        return self._midway(weights, self.sets.without, scale=float(spread[0]))
 
     def _midway(
         self, weights: Floats, table: Ints, strength: float | None = None, scale: float = 1.0

@@ -77,6 +77,7 @@ class Scatter:
                 self.matrix[down, across] = here.sum(axis=0)
                 twice = 1 if down == across else 2
                 norms += twice * _tile_norms(here, sets, scales, down, across)
+            del parts, here  # before the next ones are made: both at once would not fit
         self.diagonal = self.matrix.diagonal().copy()
         return norms
 
@@ -93,7 +94,7 @@ class Scatter:
             self._mirror()
             with np.errstate(over="ignore"):
                 np.fill_diagonal(self.matrix, self.diagonal * (1 + raised) + penalty)
-            # The transpose is in LAPACK's order: nothing is copied, its lower triangle is our upper.
+            # Transposed it is in LAPACK's order, so not copied; its lower triangle is ours above.
             _, failed = lapack.spotrf(self.matrix.T, lower=1, clean=0, overwrite_a=1)
             if not failed:
                 return
