@@ -179,9 +179,12 @@ def test_lda_points_where_scikit_learns_does(data):
     found = fit_many_rows(
         lambda: [(positive.astype(int), rows)], HIDDEN, design, [Method.LDA], {Method.LDA: 0.2}
     )[Method.LDA]
-    decisions = found.probe.raw_norm * (found.probe.score(rows) - found.probe.threshold)
-    # scikit-learn shrinks to the mean variance after standardising: the same where scales are 1.
-    assert np.corrcoef(decisions, model.decision_function(rows))[0, 1] > 0.99
+    weights = model.coef_[0]
+    norm = np.linalg.norm(weights)
+    np.testing.assert_allclose(found.probe.direction, weights / norm, atol=1e-6)
+    assert found.probe.raw_norm == pytest.approx(norm, rel=1e-6)
+    threshold = -model.intercept_[0] / norm
+    assert found.probe.threshold == pytest.approx(threshold, abs=1e-6 * np.abs(rows).max())
 
 
 @pytest.mark.parametrize(
