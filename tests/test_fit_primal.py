@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from probecache.errors import EmptyClassError, NoDirectionError, NonFiniteError, ShapeError
-from probecache.fit import primal_pairs, primal_rows, primal_scatter
+from probecache.fit import methods, primal_pairs, primal_rows, primal_scatter
 from probecache.fit.design import Design, Method
 from probecache.fit.methods import fit_layer
 from probecache.fit.primal import DEFAULT_RATIO, GRID, fit_many_rows
@@ -368,6 +368,16 @@ def test_passes_and_the_gram_matrix_give_one_answer(standardize):
         np.testing.assert_allclose(one.inner, other.inner, atol=1e-6 * scale)
         offset = other.probe.threshold - one.probe.threshold
         assert abs(offset) < 1e-6 * np.linalg.norm(data.rows[0])
+
+
+def test_a_layer_of_too_many_rows_for_a_gram_matrix_is_fitted_by_passes(data, monkeypatch):
+    monkeypatch.setattr(methods, "may_be_held", lambda *_: False)
+    chosen = {Method.RIDGE: 5.0, Method.LDA: 0.1}
+    found = fit_layer(data.chunks, HIDDEN, data.design, list(chosen), chosen)
+    expected = fit_many_rows(data.chunks, HIDDEN, data.design, list(chosen), chosen)
+    for method in chosen:
+        np.testing.assert_array_equal(found[method].held_out, expected[method].held_out)
+        assert found[method].probe.strength == chosen[method]
 
 
 # ---------------------------------------------------------------- rows in any pieces

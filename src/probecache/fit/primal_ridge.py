@@ -22,6 +22,8 @@ GRID = tuple(10.0**power for power in range(1, -6, -1))
 # A choice among decades is safe long before the answer is exact; these passes run in float32.
 _ROUGH, _ROUGH_PASSES = 2e-3, 30
 _MOST_PASSES = 400
+# The residual tells the error to within a factor of 2 or so, by which folds' scatters differ.
+_EXACT = 1e-9
 # One factor serves strengths this far apart: convergence depends on the root of the ratio.
 _FACTOR_SERVES = 20.0
 
@@ -87,7 +89,7 @@ class RidgeSolver:
         for group in grouped(columns):
             some = columns[group]
             self.factor(some)
-            weights[:, group], passes, done = self._descend(some, weights[:, group], 1e-9)
+            weights[:, group], passes, done = self._descend(some, weights[:, group], _EXACT)
             if not done:
                 raise FitError(
                     f"expected ridge to converge, got no solution in {passes} passes at strength "

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack  # type: ignore[import-untyped]
+from scipy.linalg import lapack
 
 from probecache.errors import FitError
 from probecache.fit.primal_rows import Batch, Bools, Floats, RowPasses, TrainingSets

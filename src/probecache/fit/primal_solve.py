@@ -34,8 +34,10 @@ def conjugate_gradients(
         right: b, [hidden, columns].
         start: first guess, [hidden, columns]; None begins at 0.
         tolerance: a column is done when the preconditioned residual, which estimates the error,
-            is shorter than this share of the solution; one number or one per column. From 0 the
-            share is of the first residual, which holds for a preconditioner of any size.
+            is less than this share of the solution, in length and in the matrix's own norm
+            (errors along great dimensions are short and still move every score); one number or
+            one per column. From None the share is of the first residual, which holds for a
+            preconditioner of any size.
         most: products at most.
 
     Returns:
@@ -51,7 +53,7 @@ def conjugate_gradients(
     z = precondition(residual)
     direction, taken = z.copy(), int(x.any())
     gain = _dots(residual, z)
-    limits = limits * (np.linalg.norm(z, axis=0) if start is None else 1)
+    sizes = np.stack(_sizes(z, residual))
     active = everything[gain > 0]
     while active.size and taken < most:
         moved = product(direction[:, active], active)
@@ -65,10 +67,19 @@ def conjugate_gradients(
         turn = np.maximum((gained - _dots(z, before)) / gain[active], 0)
         direction[:, active] = z + turn * direction[:, active]
         gain[active] = gained
-        size = 1 if start is None else np.linalg.norm(x[:, active], axis=0)
-        active = active[np.linalg.norm(z, axis=0) > limits[active] * size]
+        if start is not None:
+            length, energy = _sizes(x[:, active], right[:, active])
+            sizes[:, active] = length, energy
+        left = np.stack(_sizes(z, residual[:, active])) > limits[active] * sizes[:, active]
+        active = active[left.any(axis=0)]
     return x, taken, not active.size
 
 
 def _dots(a: Floats, b: Floats) -> Floats:
     return np.asarray(np.einsum("hc,hc->c", a, b))
+
+
+def _sizes(vectors: Floats, images: Floats) -> tuple[Floats, Floats]:
+    """Lengths, and square roots of the products with the images, of every column."""
+    energies = np.sqrt(np.abs(_dots(vectors, images)))
+    return np.asarray(np.linalg.norm(vectors, axis=0)), np.asarray(energies)
