@@ -364,8 +364,9 @@ def test_passes_and_the_gram_matrix_give_one_answer(standardize):
             else:
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
         scale = np.abs(other.held_out).max()
-        np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-6 * scale)
-        np.testing.assert_allclose(one.inner, other.inner, atol=1e-6 * scale)
+        # Against scikit-learn both are held to less; here it is conventions that are compared.
+        np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-5 * scale)
+        np.testing.assert_allclose(one.inner, other.inner, atol=1e-5 * scale)
         offset = other.probe.threshold - one.probe.threshold
         assert abs(offset) < 1e-6 * np.linalg.norm(data.rows[0])
 
