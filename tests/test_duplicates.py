@@ -187,3 +187,10 @@ def test_importing_the_module_imports_no_heavy_library():
     code += "print({'sklearn', 'scipy', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "set()", found.stderr
+
+
+def test_where_the_data_are_one_text_with_other_numbers_the_numbers_are_the_content():
+    series = [f"This is question {n}" for n in range(40)]
+    assert len(set(near_duplicates(series))) == 40
+    assert len(set(near_duplicates([*series, "this is question 7"]))) == 40
+    assert len(set(near_duplicates(series[:4]))) == 1

@@ -38,6 +38,7 @@ _NUMBER = "0"
 # Of a longer text, as many words from either end: instructions stand in front, contents behind.
 _MOST_WORDS_AT_AN_END = 400
 _TEMPLATE_SHARE, _FEWEST_IN_TEMPLATE = 0.2, 12
+_FEWEST_NUMBERED = 4  # texts that differ in their numbers alone, before these are their content
 WINDOW = 60
 # What is spent at most: some seconds for either, reached only where thousands of texts share much.
 _MOST_PAIRS = 6_000_000
@@ -67,7 +68,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> NDArray[np.
     """
     if not 0.5 < threshold <= 1:
         raise UsageError(f"expected a similarity above 0.5 and at most 1, got {threshold}; try 0.8")
-    bags = [_words(text) for text in texts]
+    bags = _bags(texts)
     copies = group_numbers(bags)
     distinct = list(dict.fromkeys(bags))
     # Sorted, so that the order of the texts decides nothing but the clusters' numbers.
@@ -93,13 +94,32 @@ def near_duplicates_of(
     return np.isin(clusters[len(known) :], clusters[: len(known)])
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _bags(texts: Sequence[str]) -> list[tuple[str, ...]]:
+    """The bag of every text: numbers count as one word, unless they are all that is told apart.
+
+    Where much of the data is one text with other numbers, that text is a template and the numbers
+    its content.
+    """
+    exact = [_words(text, "") for text in texts]
+    loose = [_words(text, _NUMBER) for text in texts]
+    kinds = Counter(of_loose for of_loose, _ in dict.fromkeys(zip(loose, exact, strict=True)))
+    limit = max(_FEWEST_NUMBERED, _TEMPLATE_SHARE * len(set(exact)))
+    pairs = zip(loose, exact, strict=True)
+    return [one if kinds[one] <= limit else numbered for one, numbered in pairs]
+
+
+def _words(text: str, number: str) -> tuple[str, ...]:
     """The words that count, sorted; the k-th of a kind is marked by its k.
 
     A set of marked words is a bag: ten times the same word is not like once.
+
+    Args:
+        text: of any length.
+        number: what stands for every number; empty: each for itself.
     """
     plain = unicodedata.normalize("NFKC", text).casefold()
-    words = [_NUMBER if word[0].isdecimal() else word for word in _WORD.findall(plain)]
+    found = _WORD.findall(plain)
+    words = [number or word if word[0].isdecimal() else word for word in found]
     words = words or ["".join(plain.split())]
     if len(words) > 2 * _MOST_WORDS_AT_AN_END:
         words = words[:_MOST_WORDS_AT_AN_END] + words[-_MOST_WORDS_AT_AN_END:]

@@ -139,11 +139,11 @@ def _held_out(vectors: SavedVectors) -> str:
     validated = vectors.info.cross_validation
     if validated is None:
         return f"none: {vectors.info.not_cross_validated}"
-    area = validated.nested
-    return (
-        f"{area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}] with the layer chosen in each of "
-        f"{validated.folds} folds; best layer {validated.best_layer}"
-    )
+    area, best = validated.nested, f"best layer {validated.best_layer} of {validated.folds} folds"
+    if area is None:
+        return best
+    interval = f"{area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}]"
+    return f"{interval} with the layer chosen in each fold; {best}"
 
 
 def _imported(identity: Identity) -> list[tuple[str, str]]:

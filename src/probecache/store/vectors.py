@@ -106,7 +106,7 @@ class CrossValidationRecord(BaseModel):
     near_duplicates: int = Field(ge=0)
     near_duplicates_together: bool
     best_layer: int = Field(ge=0)
-    nested: Estimate
+    nested: Estimate | None
     layer_by_fold: list[int]
 
 
