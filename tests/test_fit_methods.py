@@ -396,6 +396,24 @@ def test_numbers_that_are_none_and_equal_means_are_refused_by_every_method(metho
         fitted(same, positive, method)
 
 
+@pytest.mark.parametrize("method", list(Method))
+def test_folds_that_leave_no_rows_of_a_class_are_refused_by_every_method(method):
+    rows, positive = rows_of((12, 20))
+    folds = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    some = np.flatnonzero(~positive | (folds == 0))
+    with pytest.raises(EmptyClassError, match=r"positive class without the folds \[0\], got none"):
+        fitted(rows[some], positive, method, folds=folds, owners=some)
+
+
+def test_an_example_without_rows_has_no_score():
+    rows, positive = rows_of((24, 20))
+    folds, some = np.arange(24) // 6, np.delete(np.arange(24), 5)
+    for method in Method:
+        fit = fitted(rows[some], positive, method, folds=folds, owners=some)
+        assert np.isnan(fit.held_out).nonzero()[0].tolist() == [5]
+        assert np.isnan(fit.inner[:, 5]).all()
+
+
 def test_a_single_group_leaves_nothing_to_choose_a_strength_by():
     rows, positive = rows_of(WIDE)
     with pytest.raises(FitError, match=r"two or more groups to choose.*got 1; name a strength"):

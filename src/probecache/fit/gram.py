@@ -6,8 +6,8 @@ of columns at a time.
 
 Memory, with n rows of width d: the rows as they come (n d 4 bytes from a cache), at most
 `HELD_BYTES`; a block of columns in float64, `_BLOCK_BYTES`; the matrix and what is made of it, a
-handful of arrays of n^2 8 bytes. 408 rows of 8192 take 13 + 64 + 10 MB; `MOST_ROWS` rows about
-1 GB.
+handful of arrays of n^2 8 bytes. 408 rows of 8192 take 13 + 64 + 10 MB, 2048 rows of 2048 took 260
+MB and 4096 rows of 4096 930 MB in all.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from probecache.fit.sums import FoldSums
 __all__ = ["HELD_BYTES", "MOST_ROWS", "HeldRows", "hold_rows", "may_be_held"]
 
 Floats = NDArray[np.float64]
-# Beyond these a Gram matrix costs more than passages over the rows: its eigenvectors alone take
-# n^3, a minute a layer at 8192 rows.
-MOST_ROWS = 4096
+# Beyond these, passages over the rows cost less: eigenvectors and systems take n^3. Four methods
+# with five folds took 28 s of one core at 2048 rows and 109 s at 4096; by passages 13 s at 2048.
+MOST_ROWS = 2048
 HELD_BYTES = 512 * 2**20
 _BLOCK_BYTES = 64 * 2**20
 

@@ -174,6 +174,9 @@ def gather_sums(chunks: Chunks, hidden_size: int, design: Design) -> FoldSums:
     for owners, rows in chunks():
         found.update(rows, design.is_positive[owners], folds[owners])
     found.probe()
+    if not found.counts.all():  # examples without rows
+        for left_out in design.fold_sets:
+            found.class_means(left_out)
     return found
 
 
