@@ -112,7 +112,7 @@ def test_a_run_is_told_fact_by_fact(tmp_path):
     vectors = train(cache, tmp_path / "run", positive_class="testing")
     found = facts(vectors.path)
     assert found["vectors"] == f"{vectors.path} (unit norm)"
-    assert found["method"] == "difference of means"
+    assert found["method"] == "difference-of-means"
     assert found["higher means"] == "testing (against deployment)"
     assert found["model"] == "org/planted (Planted, 24 blocks)"
     assert found["layers"] == "0,20"

@@ -160,7 +160,7 @@ def test_each_folder_says_what_its_vectors_mean_and_where_they_come_from(cache, 
     manifest = manifest_of(run / name)
     layer_info = (cache.path / "layer_info.json").read_bytes()
     assert manifest["format"] == "probecache-vectors"
-    assert manifest["method"] == "difference of means"
+    assert manifest["method"] == "difference-of-means"
     assert manifest["normalized"] == (name == "normalized_vectors")
     assert (manifest["positive_class"], manifest["negative_class"]) == ("deployment", "testing")
     assert "residual stream after L blocks" in manifest["layer_convention"]

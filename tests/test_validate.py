@@ -104,6 +104,9 @@ def with_scores(folder, scores, layers=(8,), labels=None, name="scored"):
     return cache, train(training, folder / f"{name}_run")
 
 
+WORDS = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("ap", "eno", "iri", "ot", "umba")]
+
+
 # ---------------------------------------------------------------- statistics per prompt
 
 
@@ -304,7 +307,7 @@ def test_the_summary_says_what_was_scored_with_what(cache, vectors, output):
     assert "residual stream after L blocks" in summary["layer_convention"]
     assert summary["cache"] == str(cache.path)
     assert summary["vectors"] == str(vectors.path)
-    assert summary["method"] == "difference of means"
+    assert summary["method"] == "difference-of-means"
     assert summary["data"] == dataset.source
     assert summary["classes"] == {"testing": 3, "deployment": 4}
     assert summary["num_examples"] == 7
@@ -317,8 +320,12 @@ def test_the_summarys_table_is_the_same_as_csv(token_cache, vectors, output):
     rows = summary_of(output)["layers"]
     with (output / "summary.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file, strict=True))
-    assert [list(row) for row in table] == [list(row) for row in rows]
-    assert [{name: float(cell) for name, cell in row.items()} for row in table] == rows
+    nested = {"below_best", "tpr_at_1", "tpr_at_5"}
+    plain = [{name: row[name] for name in row if name not in nested} for row in rows]
+    assert all(nested < row.keys() for row in rows)
+    assert [set(row) - nested for row in table] == [set(row) for row in plain]
+    for cells, row in zip(table, plain, strict=True):
+        assert {n: float(cells[n]) if cells[n] else None for n in row} == row
 
 
 def test_the_best_layer_is_the_one_whose_classes_part_best(tmp_path, vectors, output):
@@ -375,8 +382,22 @@ def warnings_of(cache, vectors, output):
 
 
 def test_classes_that_part_well_at_one_layer_raise_no_warning(tmp_path, output):
-    cache, vectors = with_scores(tmp_path, [-1.0, 1.0, -2.0, 2.0] * 10)
-    assert warnings_of(cache, vectors, output) == ""
+    axis = torch.zeros(200)
+    axis[7] = 1.0
+
+    def rows(seed, labels):
+        signs = torch.tensor([1.0 if label == "deployment" else -1.0 for label in labels])
+        noise = torch.randn(len(labels), 200, generator=torch.Generator().manual_seed(seed))
+        return {8: noise + 2 * signs[:, None] * axis}
+
+    labels = ["testing", "deployment"] * 60
+    records = [
+        {**record, "question": " ".join(np.random.default_rng(n).choice(WORDS, 12))}
+        for n, record in enumerate(labelled(*labels))
+    ]
+    training = write_cache(tmp_path / "training", labelled(*labels), rows(0, labels))
+    cache = write_cache(tmp_path / "cache", records, rows(1, labels))
+    assert warnings_of(cache, train(training, tmp_path / "run"), output) == ""
 
 
 def test_reversed_scores_are_told_with_the_layer_and_the_positive_class(tmp_path, output):

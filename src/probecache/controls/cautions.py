@@ -74,8 +74,8 @@ def baseline_cautions(baselines: Sequence[Baseline], auroc: float) -> list[str]:
     """What every baseline has to say on a probe of this AUROC, in the baselines' order.
 
     A baseline explains the score where its interval reaches the probe's AUROC and it is clear of
-    chance itself; random directions do where their mean comes within 0.02 of it. Lengths that differ
-    without explaining the score are told too.
+    chance itself; random directions do where their mean comes within 0.02 of it. Lengths that
+    differ without explaining the score are told too.
     """
     return [words for one in baselines if (words := _baseline_caution(one, auroc))]
 

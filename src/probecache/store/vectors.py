@@ -190,7 +190,7 @@ def load_vectors(path: str | Path) -> SavedVectors:
     if not (path / _MANIFEST).is_file() and (path / "normalized_vectors" / _MANIFEST).is_file():
         path = path / "normalized_vectors"
     if not (path / _MANIFEST).is_file():
-        if methods := [run.name for run in runs_in(path)]:
+        if methods := [run.name for run in runs_in(path) if run != path]:
             raise StoreError(
                 f"expected vectors of one method in {path}, got those of {', '.join(methods)}; "
                 f"name one: {path / methods[0]}"

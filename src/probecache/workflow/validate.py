@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ValidateOptions", "Validation", "validate"]
 
+_COLUMNS = ("mean", "max")  # aggregates that have a column among the statistics
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -170,6 +172,7 @@ class _Scored:
     statistics: dict[int, dict[str, Floats]]
     scores: dict[int, Floats]
     random: dict[int, RandomControl | None]
+    aggregate: str
 
     @classmethod
     def of(
@@ -189,7 +192,7 @@ class _Scored:
             if options.control_count:
                 random[layer] = _random(rows, layer, positive, options.control_count)
         groups = group_numbers([record.group for record in examples])
-        return cls(rows, positive, groups, statistics, scores, random)
+        return cls(rows, positive, groups, statistics, scores, random, str(options.aggregate))
 
 
 def _random(rows: ExampleRows, layer: int, positive: Bools, count: int) -> RandomControl | None:
@@ -254,13 +257,14 @@ def _tables(
 
 
 def _stats_csv(scored: _Scored, layer: int) -> bytes:
-    header = ["question_id", "question", "type", *STATISTICS, "n_tokens", "score"]
-    statistics = scored.statistics[layer]
-    columns = [statistics[name].tolist() for name in STATISTICS]
-    counted = zip(_token_counts(scored.rows), scored.scores[layer].tolist(), strict=True)
+    """One layer's table; what was made of the tokens has a column where none of the others is it."""
+    own = scored.aggregate not in _COLUMNS
+    header = ["question_id", "question", "type", *STATISTICS, "n_tokens", *["score"] * own]
+    columns = [scored.statistics[layer][name].tolist() for name in STATISTICS]
+    columns += [_token_counts(scored.rows), *[scored.scores[layer].tolist()] * own]
     rows = [
-        [*map(csv_cell, (record.id, record.question, record.label)), *stats, *last]
-        for record, last, *stats in zip(scored.rows.cache.examples, counted, *columns, strict=True)
+        [*map(csv_cell, (record.id, record.question, record.label)), *values]
+        for record, *values in zip(scored.rows.cache.examples, *columns, strict=True)
     ]
     return csv_bytes(header, rows)
 
