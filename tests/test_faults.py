@@ -37,12 +37,14 @@ def fill(folder, layers):
     missing = [layer for layer in layers if cache is None or layer not in cache.layers]
     if not missing:
         return
-    blueprint = blueprint_of(RECORDS, missing, HIDDEN, positions="all", tokens=TOKENS)
+    blueprint = blueprint_of(
+        RECORDS, missing, HIDDEN, positions="all", tokens=TOKENS, tells_spans=True
+    )
     identity = IDENTITY.__class__(
         **{**IDENTITY.__dict__, "positions": "all", "hidden_size": HIDDEN}
     )
     with writer_of(folder, blueprint, cache.info if cache else None, identity) as writer:
-        writer.write_tokens(torch.arange(ENDS[-1]).numpy())
+        writer.write_tokens(torch.arange(ENDS[-1]).numpy(), torch.ones(ENDS[-1], 4).numpy())
         for layer in missing:
             values = rows(layer)
             for index in (4, 0, 3, 1, 2):  # not in the order of the file

@@ -435,7 +435,7 @@ def test_the_kernel_sees_every_file_flushed_before_the_rename_that_counts_on_it(
             assert not {one for one in dirty if one.endswith((".pt", ".crc32"))}, new
             manifests.append(Path(new).name)
             synced.clear()
-    assert len(rows) == 7  # of two classes at three layers, and the tokens
+    assert len(rows) == 8  # of two classes at three layers, the tokens and their spans
     assert manifests[0] == "begun.json"
     assert manifests[-2:] == ["finished.json", "layer_info.json"]
     assert "progress.json" in manifests

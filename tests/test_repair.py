@@ -67,6 +67,8 @@ DAMAGES = {
     "metadata": lambda c: flip(c / "metadata.json"),
     "missing metadata": lambda c: (c / "metadata.json").unlink(),
     "tokens": lambda c: flip(c / "tokens.pt"),
+    "spans": lambda c: flip(c / "spans.pt", 800),
+    "missing spans and rows": lambda c: ((c / "spans.pt").unlink(), flip(c / ROWS)),
     "checksums": lambda c: flip(c / "layer_1" / "rows.crc32", 0),
     "missing checksums": lambda c: (c / "layer_1" / "rows.crc32").unlink(),
     "checksums and rows": lambda c: (flip(c / "layer_3" / "rows.crc32", 0), flip(c / ROWS)),

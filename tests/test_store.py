@@ -35,12 +35,15 @@ from probecache.store.reader import open_cache
 from probecache.store.seal import encode_json
 from probecache.store.tensorfile import file_bytes
 from probecache.store.vectors import load_vectors, save_run
+from probecache.store.verify import verify
 from probecache.store.writer import require_free_layers
 
 HIDDEN = 6
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")
 IS_TESTING = torch.tensor([True, False, False, True, False])
 DTYPES = ["float32", "float16", "bfloat16"]
+TOKENS = [2, 3, 1, 2, 1]
+SPANS = np.arange(36).reshape(9, 4)  # of no text; that shows where they are used
 
 
 def rows(seed=0, count=5, hidden=HIDDEN, dtype="float32"):
@@ -55,9 +58,8 @@ def cache(tmp_path):
 
 @pytest.fixture
 def token_cache(tmp_path):
-    tokens = [2, 3, 1, 2, 1]
     return write_cache(
-        tmp_path / "cache", RECORDS, {10: rows(1, 9)}, tokens=tokens, positions="all"
+        tmp_path / "cache", RECORDS, {10: rows(1, 9)}, tokens=TOKENS, positions="all", spans=SPANS
     )
 
 
@@ -164,12 +166,66 @@ def test_equal_data_give_equal_bytes_under_any_name(tmp_path):
         assert path.read_bytes() == twin.read_bytes()
 
 
-def test_the_blueprint_knows_every_byte_before_anything_is_written(tmp_path):
-    tokens = [2, 3, 1, 2, 1]
-    cache = write_cache(tmp_path / "c", RECORDS, {3: rows(0, 9)}, tokens=tokens, positions="all")
-    blueprint = blueprint_of(RECORDS, [3], HIDDEN, positions="all", tokens=tokens)
+@pytest.mark.parametrize("spans", [None, SPANS])
+def test_the_blueprint_knows_every_byte_before_anything_is_written(tmp_path, spans):
+    options = {"tokens": TOKENS, "positions": "all"}
+    cache = write_cache(tmp_path / "c", RECORDS, {3: rows(0, 9)}, spans=spans, **options)
+    blueprint = blueprint_of(RECORDS, [3], HIDDEN, tells_spans=spans is not None, **options)
     written = sum(path.stat().st_size for path in cache.path.rglob("*") if path.is_file())
     assert blueprint.total_bytes(cache.identity) == written
+
+
+def test_spans_are_read_class_by_class_as_plain_torch_reads_them(token_cache):
+    plain = torch.load(token_cache.path / "spans.pt", weights_only=True)
+    assert (plain.dtype, plain.tolist()) == (torch.int32, SPANS.tolist())
+    assert token_cache.spans("testing").tolist() == SPANS[:4].tolist()
+    assert token_cache.spans("deploy").tolist() == SPANS[4:].tolist()
+    with pytest.raises(UsageError, match="expected one of the classes"):
+        token_cache.spans("third")
+
+
+def test_a_cache_of_one_row_per_example_has_no_spans(cache):
+    assert cache.spans("testing") is None
+    assert not (cache.path / "spans.pt").exists()
+
+
+@pytest.mark.parametrize("spans", [None, SPANS])
+def test_layers_that_are_added_leave_tokens_and_spans_as_they_are(tmp_path, spans):
+    options = {"tokens": TOKENS, "positions": "all", "spans": spans}
+    cache = write_cache(tmp_path / "c", RECORDS, {10: rows(1, 9)}, **options)
+    before = {path.name: path.read_bytes() for path in cache.path.glob("*.pt")}
+    grown = write_cache(tmp_path / "c", RECORDS, {20: rows(2, 9)}, add_to=cache, **options)
+    assert grown.layers == (10, 20)
+    assert {path.name: path.read_bytes() for path in grown.path.glob("*.pt")} == before
+    assert len(before) == (1 if spans is None else 2)
+    assert verify(grown.path).whole
+
+
+def test_entries_of_an_earlier_version_stay_when_layers_are_added(tmp_path):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    records = [{"messages": turns, "type": label, "id": label} for label in ("a", "b")]
+    short = [{"question": "one", "type": label, "id": label} for label in ("a", "b")]
+    cache = write_cache(tmp_path / "c", short, {10: rows(1, 2)})
+    before = (cache.path / "metadata.json").read_bytes()
+    grown = write_cache(tmp_path / "c", records, {20: rows(2, 2)}, add_to=cache)
+    assert (cache.path / "metadata.json").read_bytes() == before
+    assert verify(grown.path).whole
+    assert grown.examples[0].messages is None
+
+
+def test_messages_are_told_where_the_question_does_not_tell_them(tmp_path):
+    turns = [{"role": "system", "content": "Be"}, {"role": "user", "content": "Who?"}]
+    records = [
+        {"messages": turns, "type": "a"},
+        {"messages": turns[1:], "type": "b"},
+        {"text": "Who?", "type": "b"},
+    ]
+    cache = write_cache(tmp_path / "c", records, {10: rows(1, 3)})
+    entries = json.loads((cache.path / "metadata.json").read_text())
+    assert [entry.get("messages") for entry in entries] == [turns, None, None]
+    expected = [("system", "Be"), ("user", "Who?")]
+    found = [[(t.role, t.content) for t in e.conversation.turns] for e in cache.examples]
+    assert found == [expected, expected[1:], expected[1:]]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "int32"])
@@ -310,6 +366,13 @@ FORGERIES = {
     "tokens of another number": lambda m: m["files"]["tokens.pt"].update(shape=[8]),
     "tokens of a float dtype": lambda m: m["files"]["tokens.pt"].update(dtype="float32"),
     "no tokens": lambda m: m["files"].pop("tokens.pt"),
+    "spans of another number": lambda m: m["files"]["spans.pt"].update(shape=[8, 4]),
+    "spans of another width": lambda m: m["files"]["spans.pt"].update(shape=[9, 3]),
+    "spans of one row of numbers": lambda m: m["files"]["spans.pt"].update(shape=[36]),
+    "spans of a float dtype": lambda m: m["files"]["spans.pt"].update(dtype="float32"),
+    "spans at an offset within a number": lambda m: m["files"]["spans.pt"].update(offset=701),
+    "positions that are no expression": lambda m: m.update(positions="match:("),
+    "positions that are none": lambda m: m.update(positions=None),
     "an offset beyond the file": lambda m: m["files"][FILE].update(offset=10**6),
     "a negative offset": lambda m: m["files"][FILE].update(offset=-8),
     "an offset beyond 64 bits": lambda m: m["files"][FILE].update(offset=2**70),
@@ -376,6 +439,13 @@ ENTRY_FORGERIES = {
     "an unknown class": lambda e: e[2].update({"class": "third"}),
     "an example less": lambda e: e.pop(),
     "no tokens": lambda e: e[0].update(n_tokens=0),
+    "messages that are none": lambda e: e[0].update(messages=[]),
+    "messages that are text": lambda e: e[0].update(messages="hello"),
+    "a message without a role": lambda e: e[0].update(messages=[{"content": "x"}]),
+    "a message of numbers": lambda e: e[0].update(messages=[{"role": 1, "content": 2}]),
+    "a message with a field too many": lambda e: e[0].update(
+        messages=[{"role": "user", "content": "x", "name": "y"}]
+    ),
     "a question that is none": lambda e: e[0].update(question=None),
     "a field too many": lambda e: e[0].update(surprise=1),
     "no entries": lambda e: e.clear(),

@@ -32,7 +32,10 @@ def cache_of_last(folder):
 
 def cache_of_all(folder):
     tokens = [2, 3, 1, 2, 1, 4]
-    return write_cache(folder, RECORDS, {7: rows(3, 13)}, tokens=tokens, positions="all")
+    spans = np.arange(52).reshape(13, 4)
+    return write_cache(
+        folder, RECORDS, {7: rows(3, 13)}, tokens=tokens, positions="all", spans=spans
+    )
 
 
 def run_of(folder):

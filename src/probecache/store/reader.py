@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from probecache.dataset import IN_MEMORY
@@ -44,7 +45,6 @@ from probecache.unrecorded import is_imported
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     import torch
 
     from probecache.types import Identity
@@ -138,11 +138,25 @@ class Cache:
         Args:
             rows: numbers of the wanted rows, rising; counted are then these. None: all.
         """
-        raw = self._raw(label, layer)
+        count = len(self._raw(label, layer)) if rows is None else len(rows)
         step = max(1, _CHUNK_BYTES // (4 * self.hidden_size))
-        for start in range(0, len(raw) if rows is None else len(rows), step):
-            part = slice(start, start + step)
-            yield start, as_float32(raw[part if rows is None else rows[part]], str(self.info.dtype))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            if rows is None:
+                yield start, self._part(label, layer, slice(start, stop))
+                continue
+            # Far apart, few rows touch as many pages as lie between them.
+            wanted = rows[start:stop]
+            near = np.split(wanted, np.flatnonzero(np.diff(wanted // step)) + 1)
+            parts = [self._part(label, layer, block) for block in near]
+            yield start, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _part(self, label: str, layer: int, rows: slice | np.ndarray) -> np.ndarray:
+        """Some rows as float32, through a mapping of their own.
+
+        Pages that were touched count as the process's memory for as long as they are mapped.
+        """
+        return as_float32(self._raw(label, layer)[rows], str(self.info.dtype))
 
     def tokens(self, label: str) -> np.ndarray | None:
         """Kept token ids of a class in row order, int32 [rows]; None where one row is kept."""
