@@ -89,6 +89,19 @@ def test_special_tokens_count_not_where_one_side_keeps_a_last_token():
         require_same(replace(last, positions="mean"), HERE, SCORING, what="")
 
 
+@pytest.mark.parametrize(
+    ("positions", "counts"),
+    [("role:user", False), ("match:a", False), ("chars:0-1", False), ("last-2", True)],
+)
+def test_special_tokens_count_where_both_sides_may_keep_them(positions, counts):
+    there = replace(HERE, positions=positions, special_tokens_kept=True)
+    if not counts:
+        assert require_same(there, HERE, SCORING, what="") == []
+        return
+    with pytest.raises(MismatchError, match="special_tokens_kept"):
+        require_same(there, HERE, SCORING, what="")
+
+
 def test_another_date_is_refused_with_the_option_that_mends_it():
     monday = replace(HERE, template_date="2026-11-23")
     tuesday = replace(HERE, template_date="2026-11-24")

@@ -293,6 +293,8 @@ def test_an_empty_name_is_none(tmp_path, name):
         (stacked, {"positions": "all", "special_tokens": "kept"}, "last or mean"),
         (stacked, {"positions": "answer"}, "last or mean"),
         (stacked, {"positions": "first"}, "expected --positions to be last"),
+        (per_example, {"positions": "role:user"}, "answer of a cache to import, got role:user"),
+        (per_example, {"positions": "last-2"}, "answer of a cache to import, got last-2"),
         (stacked, {"layer_convention": "foo"}, "expected --layer-convention to be residual, hid"),
         (
             stacked,

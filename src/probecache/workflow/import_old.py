@@ -190,6 +190,11 @@ def _plan(request: ImportRequest) -> ImportPlan:
 
 def _require_told(request: ImportRequest, old: OldCache) -> None:
     """Raise UsageError with everything that is missing at once."""
+    positions = request.positions
+    if positions is not None and (positions.by_place or positions.last_count is not None):
+        raise UsageError(
+            f"expected --positions last, mean, all or answer of a cache to import, got {positions}"
+        )
     told = {
         "--model": request.model,
         "--layer-convention": request.layer_convention,
@@ -245,10 +250,6 @@ def _require_positions(request: ImportRequest, old: OldCache, shape: OldShape) -
     """Positions that fit the files: one row per example, or several."""
     positions = request.positions
     assert positions is not None
-    if positions.by_place or positions.last_count is not None:
-        raise UsageError(
-            f"expected --positions last, mean, all or answer of a cache to import, got {positions}"
-        )
     if not old.per_example and not positions.one_row:
         raise UsageError(
             f"expected --positions last or mean for {old.folder}, whose files hold one row per "
