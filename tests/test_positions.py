@@ -56,6 +56,11 @@ def test_anything_else_is_refused_with_what_there_is(text):
         TypeAdapter(PositionsField).validate_python(text)
 
 
+def test_what_is_no_text_is_refused_as_well():
+    with pytest.raises(UsageError, match=r"expected positions to be last, .* got 5"):
+        Positions.parse(5, "positions")
+
+
 def test_what_is_wrong_with_an_expression_is_told():
     with pytest.raises(UsageError, match=r"got 'match:\[a': unterminated character set"):
         Positions("match:[a")

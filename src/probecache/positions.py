@@ -100,8 +100,10 @@ def may_keep_special(positions: str) -> bool:
     return positions in (Positions.ALL, Positions.MEAN) or bool(_LAST_K.fullmatch(positions))
 
 
-def _fault(text: str) -> str | None:
+def _fault(text: object) -> str | None:
     """What is wrong, to be put behind the text; None where nothing is."""
+    if not isinstance(text, str):
+        return ""
     kind, colon, rest = text.partition(":")
     if kind == "match" and colon:
         return _fault_of_pattern(rest)

@@ -63,23 +63,21 @@ def select_tokens(
         places: [tokens, 3], message and characters of each token; no message beyond the last turn.
         owners: [tokens], rising: the example that each token is of.
     """
-    turns = [conversation.turns for conversation in conversations]
-    # Turns put end to end are one text, in which every token and every wanted span has its place.
-    firsts = np.array([*accumulate(map(len, turns), initial=0)])
     message = places[:, 0]
     inside = message >= 0
-    number = firsts[owners[inside]] + message[inside]
     chosen = np.zeros(len(places), dtype=np.bool_)
-    if positions.role is not None:
-        speaks = np.array([turn.role == positions.role for talk in turns for turn in talk])
-        chosen[inside] = speaks[number]
-        if positions.role == "system":
-            chosen |= message == SYSTEM_PROMPT
-        return chosen
     if positions == Positions.ANSWER:
         answers = np.array([len(one.messages) for one in conversations])
         chosen[inside] = message[inside] == answers[owners[inside]]
         return chosen
+    turns = [conversation.turns for conversation in conversations]
+    firsts = np.array([*accumulate(map(len, turns), initial=0)])
+    number = firsts[owners[inside]] + message[inside]  # of the turn among those of all examples
+    if positions.role is not None:
+        speaks = np.array([turn.role == positions.role for talk in turns for turn in talk])
+        chosen[inside] = speaks[number]
+        return chosen | (message == SYSTEM_PROMPT) if positions.role == "system" else chosen
+    # Turns put end to end are one text, in which every token and every wanted span has its place.
     lengths = [len(turn.content) for talk in turns for turn in talk]
     shifts = np.array([*accumulate(lengths, initial=0)])
     wanted = [
