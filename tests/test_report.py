@@ -10,14 +10,13 @@ import re
 import subprocess
 import sys
 import warnings
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from saved_validations import Page, planted_scores, save
 
 from probecache.errors import OutputError, StoreError
 from probecache.report import write_report
@@ -26,105 +25,8 @@ from probecache.report.distributions import panel_layers
 from probecache.report.saved import read_validation, shown
 
 FIGURES = ["roc_curves", "auroc_by_layer", "score_distributions"]
-COLUMNS = ["question_id", "question", "type", "mean_score", "max_score", "min_score", "std_score"]
 SVG_NAME = "http://www.w3.org/2000/svg"
 HOSTILE = "<script>alert(1)</script> $x^2$ {{ 7 * 7 }} & \"quoted\" 'text' 測試"
-
-
-def save(folder, layers=(2, 4), sizes=(12, 9), names=("deployment", "testing"), **options):
-    """Write a validation folder; `scores` maps labels and a layer to scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = np.arange(sum(sizes)) < sizes[0]
-    score = options.pop("scores", planted_scores)
-    questions = options.pop("questions", ["What do you do next?"])
-    rows = []
-    for layer in layers:
-        scores = score(labels, layer)
-        save_scores(folder / f"probe_stats_layer{layer}.csv", scores, labels, names, questions)
-        rows.append(summary_row(layer, scores, labels))
-    summary = {
-        "format": "probecache-validation",
-        "format_version": 1,
-        "created": "2026-01-02T03:04:05+00:00",
-        "positive_class": names[0],
-        "negative_class": names[1],
-        "positions": "all",
-        "layer_convention": "residual stream after L blocks",
-        "model": "models/tiny-llama",
-        "dtype": "bfloat16",
-        "data": "datasets/validation.json",
-        "cache": None,
-        "vectors": "run/normalized_vectors",
-        "method": "difference of means",
-        "num_examples": len(labels),
-        "normalized": True,
-        "classes": {names[1]: sizes[1], names[0]: sizes[0]},
-        "best_layer": max(rows, key=lambda row: row["auroc"])["layer"],
-        "warnings": [],
-        "layers": rows,
-    }
-    (folder / "summary.json").write_text(json.dumps(summary | options), encoding="utf-8")
-    return folder
-
-
-def planted_scores(labels, layer):
-    return np.random.default_rng(layer).normal(size=labels.size) + labels * (layer % 5) / 2
-
-
-def summary_row(layer, scores, labels):
-    area = float(roc_auc_score(labels, scores))
-    return {
-        "layer": layer,
-        "auroc": area,
-        "auroc_low": max(0.0, area - 0.1),
-        "auroc_high": min(1.0, area + 0.1),
-        "n_positive": int(labels.sum()),
-        "n_negative": int((~labels).sum()),
-        "threshold": float(np.median(scores)),
-        "accuracy": 0.75,
-        "mean_positive": float(scores[labels][0]),
-        "mean_negative": float(scores[~labels][0]),
-        "std_positive": None,
-        "std_negative": None,
-    }
-
-
-def save_scores(path, scores, labels, names, questions):
-    with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "n_tokens"])
-        for i, (score, positive) in enumerate(zip(scores, labels, strict=True)):
-            name, value = names[0] if positive else names[1], repr(float(score))
-            question = questions[i % len(questions)]
-            writer.writerow([f"q{i}", question, name, value, value, value, "0.0", 7])
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags with attributes, ids, text, rows of tables and of layers."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.tags, self.words, self.rows, self.layers = [], [], [], []
-        self.feed((folder / "report.html").read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-            if "data-layer" in dict(attrs):
-                self.layers.append(self.rows[-1])
-
-    handle_startendtag = handle_starttag
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1][0] not in ("style", "script"):
-            self.words.append(data)
-        if self.rows and data.strip():
-            self.rows[-1].append(data.strip())
-
-    def attributes(self, *names):
-        return [attrs[name] for _, attrs in self.tags for name in names if name in attrs]
 
 
 def drawn_texts(svg):
