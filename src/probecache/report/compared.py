@@ -119,6 +119,8 @@ def _of_vectors(manifest: Path, path: Path, letter: str) -> ComparedRun:
 
 
 def _vectors(record: dict[str, Any], path: Path, letter: str) -> ComparedRun:
+    if not record["layers"]:
+        raise ValueError("expected at least one layer")
     layers = {_layer(name): _figures(row) for name, row in sorted(record["layers"].items())}
     chosen = record.get("cross_validation") or {}
     best_layer = optional(chosen.get("best_layer"), count)
