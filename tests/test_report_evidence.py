@@ -18,9 +18,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from probecache.errors import StoreError
 from probecache.report import write_report
 from probecache.report.layer_curve import spread_labels
-from probecache.report.panels import MOST_PIECES, MOST_TABLED
+from probecache.report.panels import MOST_PIECES, MOST_TABLED, artefact_facts
 from probecache.report.saved import read_validation
-from probecache.report.tokens import TokenScores
+from probecache.report.tokens import Piece, ScoredPrompt, TokenScores
 
 PAYLOAD = "</span></script><script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7 }}\u202e"
 
@@ -71,6 +71,7 @@ def test_every_figure_of_the_evidence_stands_on_the_page(drawn):
         "prompt length 0.580 0.530 – 0.630 How length was made.",
         "answer letter – How answer-letter was made.",
         "mean cosine +0.417",
+        "Owed to the first token 8% of the variance",
         "62% of the norm, in dimension 17, 203",
         "rendered differently. Another system prompt.",
         "Brier score 0.147",
@@ -91,13 +92,13 @@ def test_an_older_validation_is_drawn_without_what_it_lacks(tmp_path):
     assert "Token by token" not in text
     assert "By category" not in text
     assert "cross-validated" not in text
-    assert not (folder / "visualizations" / "reliability.svg").exists()
+    assert not (folder / "visualizations" / "calibration.svg").exists()
 
 
 def test_calibrated_validations_have_a_reliability_diagram(drawn):
     drawings = drawn / "visualizations"
-    assert (drawings / "reliability.png").read_bytes().startswith(b"\x89PNG")
-    assert "Reliability at layer" in (drawings / "reliability.svg").read_text()
+    assert (drawings / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert "Reliability at layer" in (drawings / "calibration.svg").read_text()
 
 
 def test_a_baseline_that_reaches_the_probe_is_marked_and_no_other(drawn):
@@ -188,17 +189,32 @@ def test_a_page_of_ten_thousand_prompts_and_eighty_layers_stays_small(tmp_path):
 # ---------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize(("low", "high"), [(-4.0, 4.0), (10.0, 18.0), (-1e308, 1e308)])
-def test_shades_are_even_about_the_middle(low, high):
-    tokens = TokenScores(0, low, high, ())
-    middle, half = low / 2 + high / 2, high / 2 - low / 2
-    for share, shade in ((-1, -4), (-0.5, -2), (0, 0), (0.5, 2), (1, 4)):
-        assert tokens.shade(middle + share * half) == shade
-    assert tokens.shade(-1.7e308) == -4
-    assert tokens.shade(1.7e308) == 4
+def tokens_of(scores):
+    pieces = tuple(Piece("x", float(score)) for score in scores)
+    prompt = ScoredPrompt("a", "testing", 0.0, "highest", (Piece("<|user|>", None), *pieces))
+    return TokenScores(0, float(min(scores)), float(max(scores)), (prompt,))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-200, 1e306])
+def test_shades_are_even_about_the_median_and_end_where_95_in_100_tokens_do(unit):
+    scores = np.random.default_rng(0).normal(3, 2, 1001)
+    middle = np.median(scores)
+    half = np.quantile(np.abs(scores - middle), 0.95)
+    tokens = tokens_of(scores * unit)
+    assert tokens.scale == pytest.approx((middle * unit, half * unit), rel=1e-12)
+    for share, shade in ((-9, -4), (-1, -4), (-0.5, -2), (0, 0), (0.5, 2), (1, 4), (9, 4)):
+        assert tokens.shade((middle + share * half) * unit) == shade
+
+
+def test_one_token_that_is_like_no_other_leaves_the_others_their_colours():
+    scores = np.linspace(-1, 1, 101)
+    lone = tokens_of([*scores, 500.0])
+    assert lone.shade(1.0) == 4
+    assert lone.shade(-1.0) == -4
 
 
 def test_a_scale_without_extent_has_no_colour():
+    assert tokens_of([2.0, 2.0]).shade(99.0) == 0
     assert TokenScores(0, 2.0, 2.0, ()).shade(99.0) == 0
 
 
@@ -315,6 +331,18 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("share", [1.7, -0.3, 1e300])
+def test_a_share_of_variance_may_lie_outside_0_to_1(tmp_path, share):
+    folder = with_evidence(tmp_path / "v")
+    summary = json.loads((folder / "summary.json").read_text())
+    artefacts(first_token_share=share)(summary)
+    changed(folder, artefacts=summary["artefacts"])
+    found = read_validation(folder).evidence.artefacts
+    assert found.first_token_share == share
+    words = dict(artefact_facts(found))["Owed to the first token"]
+    assert words.split()[0] in ("170%", "−30%", "1.00e+300")
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_evidence_is_refused_in_one_line(tmp_path, name):
     change, message = DAMAGE[name]
@@ -348,7 +376,8 @@ def test_damaged_token_scores_are_refused_in_one_line(tmp_path, changes, message
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "column"), [("max", "max_score"), ("top-5", "score"), ("mean", "mean_score")]
+    ("aggregate", "column"),
+    [("max", "max_score"), ("top-5", "score"), ("max", "score"), ("mean", "mean_score")],
 )
 def test_scores_are_read_from_the_column_of_their_aggregate(tmp_path, aggregate, column):
     folder = changed(save(tmp_path / "v"), aggregate=aggregate)

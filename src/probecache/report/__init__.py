@@ -31,11 +31,13 @@ def write_report(folder: Path) -> list[Path]:
     """Draw a validation folder's figures and its `report.html`.
 
     Args:
-        folder: holds `summary.json` and one `probe_stats_layer<N>.csv` per layer.
+        folder: holds `summary.json`, one `probe_stats_layer<N>.csv` per layer, and for caches of
+            several tokens `token_scores.json`.
 
     Returns:
-        The files written: `visualizations/{roc_curves,auroc_by_layer,score_distributions}`, each
-        as .png and .svg, then `report.html`. Older ones are replaced.
+        The files written: `visualizations/{roc_curves,auroc_by_layer,score_distributions}` and,
+        where the vectors are calibrated, `visualizations/calibration`, each as .png and .svg, then
+        `report.html`. Older ones are replaced.
 
     Raises:
         StoreError: a saved file is missing, malformed, or disagrees with the others.

@@ -123,7 +123,11 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Artefacts:
-    """What else could explain the scores."""
+    """What else could explain the scores.
+
+    `first_token_share` is of the variance of the prompts' scores; a covariance, it may lie outside
+    0 to 1.
+    """
 
     baselines: tuple[Baseline, ...]
     best_baseline: str | None
@@ -274,7 +278,7 @@ def _artefacts(record: Any) -> Artefacts:
         pair_agreement=optional(record.get("pair_agreement"), _cosine),
         outlier_dimensions=listed(outliers.get("dimensions"), count),
         outlier_share=optional(outliers.get("share_of_norm"), probability),
-        first_token_share=optional(record.get("first_token_share"), probability),
+        first_token_share=optional(record.get("first_token_share"), number),
         rendered_alike=optional(rendering.get("alike"), flag),
         rendering_differences=listed(rendering.get("differences"), text),
     )

@@ -186,8 +186,7 @@ def artefact_facts(artefacts: Artefacts) -> list[Fact]:
     if artefacts.outlier_share is not None:
         found.append(("Outlier dimensions", _outliers(artefacts)))
     if artefacts.first_token_share is not None:
-        words = f"{artefacts.first_token_share:.0%} of the score's spread"
-        found.append(("First token", words))
+        found.append(("Owed to the first token", _first_token(artefacts.first_token_share)))
     if artefacts.rendered_alike is not None:
         found.append(("Training and validation", _rendering(artefacts)))
     return found
@@ -322,6 +321,12 @@ def _outliers(artefacts: Artefacts) -> str:
     more = len(artefacts.outlier_dimensions) - len(named)
     names = ", ".join(map(str, named)) + (f" and {more} more" if more else "")
     return f"{artefacts.outlier_share:.0%} of the norm" + (f", in dimension {names}" * bool(named))
+
+
+def _first_token(share: float) -> str:
+    usual = abs(share) < 100
+    size = f"{100 * share:.0f}%" if usual else score_text(share)
+    return f"{size.replace('-', '−')} of the variance of the prompts' scores"
 
 
 def _rendering(artefacts: Artefacts) -> str:

@@ -26,7 +26,7 @@ def draw_figures(validation: Validation) -> dict[str, bytes]:
             "score_distributions": score_distributions(validation),
         }
         if validation.evidence.calibration_bins:
-            figures["reliability"] = reliability(validation)
+            figures["calibration"] = reliability(validation)
         return {
             f"{name}.{kind}": rendered(figure, kind)
             for name, figure in figures.items()

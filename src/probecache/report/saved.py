@@ -55,8 +55,9 @@ AGAIN = "run `probecache validate` again"
 AUROC_TOLERANCE = 5e-4
 # A summary of a hundred layers has some 50 KB.
 MOST_BYTES = 64 << 20
-# Where a layer's table holds what was made of an example's tokens; else in "score".
-SCORE_COLUMNS = {"mean": "mean_score", "max": "max_score"}
+# What an AUROC is of stands in "score"; older tables have it by the name of its aggregate alone.
+SCORE = "score"
+OLDER_SCORES = {"mean": "mean_score", "max": "max_score"}
 DEEPEST = 100_000  # no model has more blocks, and no axis is longer
 
 
@@ -142,7 +143,7 @@ def read_validation(folder: Path) -> Validation:
         normalized = flag(summary["normalized"])
         warnings = tuple(text(warning) for warning in summary["warnings"])
         evidence = read_evidence(summary, results)
-    column = SCORE_COLUMNS.get(evidence.aggregate, "score")
+    column = OLDER_SCORES.get(evidence.aggregate, SCORE)
     return Validation(
         folder=folder,
         positive_class=positive_class,
@@ -292,7 +293,7 @@ def _layer_scores(lines: Iterable[str], positive_class: str, column: str) -> Lay
 
 
 def _columns(header: list[str], column: str) -> list[int]:
-    wanted = ("question", "type", column)
+    wanted = ("question", "type", SCORE if SCORE in header else column)
     missing = [name for name in wanted if name not in header]
     if missing:
         got = shown(", ".join(header), 120) or "none"

@@ -6,9 +6,13 @@ one line; a shade is a whole number from -4 to 4, even about the middle of the s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from probecache.report.fields import count, listed, number, optional, text
 
@@ -40,24 +44,35 @@ class ScoredPrompt:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Token scores at one layer; `low` and `high` are the ends of the scale of colours."""
+    """Token scores at one layer; `low` and `high` are the least and most of any token."""
 
     layer: int
     low: float
     high: float
     prompts: tuple[ScoredPrompt, ...]
 
-    @property
-    def middle(self) -> float:
-        """The score without colour."""
-        return self.low / 2 + self.high / 2
+    @cached_property
+    def scale(self) -> tuple[float, float]:
+        """The score without colour, and how far from it the strongest colour is.
+
+        The median of the tokens shown, and the deviation that 95 in 100 of them keep within: `low`
+        and `high` may be those of a single token that is like no other.
+        """
+        scores = [piece.score for one in self.prompts for piece in one.pieces]
+        known = np.array([score for score in scores if score is not None], dtype=np.float64)
+        if not known.size:
+            return self.low / 2 + self.high / 2, self.high / 2 - self.low / 2
+        with np.errstate(over="ignore"):
+            middle = float(np.median(known / 2) * 2)
+            half = float(np.quantile(np.abs(known / 2 - middle / 2), 0.95) * 2)
+        return middle, min(half, sys.float_info.max)
 
     def shade(self, score: float) -> int:
-        """From -4 at `low` over 0 in the middle to 4 at `high`; scores beyond are as the ends."""
-        half = self.high / 2 - self.low / 2
+        """From -4 far below the middle of the scale to 4 far above; scores beyond are as those."""
+        middle, half = self.scale
         if half <= 0:
             return 0
-        place = max(-1.0, min(1.0, (score - self.middle) / half))
+        place = max(-1.0, min(1.0, (score / 2 - middle / 2) / (half / 2)))
         return round(place * MOST_SHADE)
 
     def at(self, end: str) -> Iterator[ScoredPrompt]:
