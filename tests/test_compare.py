@@ -112,7 +112,9 @@ def reworded(rows):
 
 
 @pytest.mark.parametrize(
-    ("change", "shared"), [(renamed, 0), (relabelled, 68), (reworded, 69)], ids=lambda one: str(one)
+    ("change", "shared"),
+    [(renamed, 0), (relabelled, 68), (reworded, 69)],
+    ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_other_prompts_are_not_compared_and_it_is_said_how_many_are_shared(
     pair, tmp_path, change, shared

@@ -257,7 +257,7 @@ def _tables(
 
 
 def _stats_csv(scored: _Scored, layer: int) -> bytes:
-    """One layer's table; what was made of the tokens has a column where none of the others is it."""
+    """One layer's table; what was made of the tokens has a column where no other one is it."""
     own = scored.aggregate not in _COLUMNS
     header = ["question_id", "question", "type", *STATISTICS, "n_tokens", *["score"] * own]
     columns = [scored.statistics[layer][name].tolist() for name in STATISTICS]
