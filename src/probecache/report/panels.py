@@ -320,7 +320,8 @@ def _outliers(artefacts: Artefacts) -> str:
     named = artefacts.outlier_dimensions[:8]
     more = len(artefacts.outlier_dimensions) - len(named)
     names = ", ".join(map(str, named)) + (f" and {more} more" if more else "")
-    return f"{artefacts.outlier_share:.0%} of the norm" + (f", in dimension {names}" * bool(named))
+    where = f", in dimension {names}" if named else ""
+    return f"{artefacts.outlier_share:.0%} of the squared norm{where}"
 
 
 def _first_token(share: float) -> str:
@@ -332,5 +333,7 @@ def _first_token(share: float) -> str:
 def _rendering(artefacts: Artefacts) -> str:
     if artefacts.rendered_alike:
         return "rendered alike"
-    differences = " ".join(shown(one, 200) for one in artefacts.rendering_differences[:8])
-    return f"rendered differently. {differences}".strip()
+    differences = [shown(one, 200).rstrip(".") for one in artefacts.rendering_differences[:8]]
+    return (
+        f"rendered differently: {'; '.join(differences)}" if differences else "not rendered alike"
+    )
