@@ -176,8 +176,8 @@ def test_a_plan_needs_no_output_and_knows_what_is_cached(pairs):
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype to be float32, float16, bfloat16, got 'float8'"),
-        ({"positions": "first"}, "positions to be last, mean, all, answer, last-K .*, got 'first'"),
-        ({"positions": "match:["}, "got 'match:\\[': unterminated character set"),
+        ({"positions": "first"}, "STOP (such as chars:0-20, chars:-20-), got 'first'"),
+        ({"positions": "match:["}, "got 'match:[': unterminated character set"),
         ({"layers": []}, "at least one layer"),
         ({"layers": "1-"}, "'1-'"),
         ({"layers": "99"}, "got 99"),
