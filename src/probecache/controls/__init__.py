@@ -28,6 +28,7 @@ from probecache.controls.geometry import (
     first_token_share,
     outlier_dimensions,
     pair_agreement,
+    pair_cosine,
 )
 from probecache.controls.surface import (
     answer_letter_auroc,
@@ -60,6 +61,7 @@ __all__ = [
     "outlier_caution",
     "outlier_dimensions",
     "pair_agreement",
+    "pair_cosine",
     "pairs_caution",
     "permutation_caution",
     "random_auroc",

@@ -28,7 +28,7 @@ _WORD = re.compile(r"\w+")
 # Of all texts together: 300 words of each of 20,000 texts, half of them from either end.
 _MOST_WORDS, _FEWEST_WORDS_EACH = 6_000_000, 100
 # Up to here the dense fit takes less time than importing scikit-learn does.
-MOST_DENSE = 800
+MOST_DENSE = 1200
 _FEATURES_AT_ONCE = 1024
 _NEWTON_STEPS = 100
 _CONVERGED = 1e-10

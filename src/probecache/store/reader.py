@@ -53,7 +53,7 @@ __all__ = ["WIDEST", "Cache", "open_cache", "read_manifest", "what_is_at"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Rows are turned into float32 this many bytes at a time, whatever the cache's size.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 8 << 20
 # Of numbers in a row: a row is the least that is read at a time, so a forged one must have an end.
 WIDEST = 1 << 20
 # A manifest of 100 layers and 64 classes has 2 MB; more than 30 times that is no manifest.
@@ -133,7 +133,7 @@ class Cache:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Rows of a class at a layer as float32 [rows, hidden], with the first one's number.
 
-        Bounded memory: at most 64 MB of rows at a time.
+        Bounded memory: at most 8 MB of rows at a time.
 
         Args:
             rows: numbers of the wanted rows, rising; counted are then these. None: all.

@@ -3,7 +3,7 @@
     ExampleRows(...)   the rows that positions keep
     pieces_of(...)     an example's texts, cut by the tokens of its rows
 
-Guarantee: classes follow one another, examples within a class in data order, at most 64 MB of rows
+Guarantee: classes follow one another, examples within a class in data order, at most 8 MB of rows
 at a time; the same rows in the same order at every layer and in every passage. Of a cache of `all`
 positions the rows that other positions keep can be chosen, as `choice.py` says.
 Not covered: a mean over a cache's rows is one of numbers that were rounded to the cache's dtype.

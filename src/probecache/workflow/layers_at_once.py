@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib import import_module
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -24,7 +25,10 @@ _MOST_BYTES = 600 << 20
 
 
 def each_layer(
-    layers: Sequence[int], work: Callable[[int], _Result], bytes_each: int
+    layers: Sequence[int],
+    work: Callable[[int], _Result],
+    bytes_each: int,
+    libraries: Sequence[str] = (),
 ) -> Iterator[tuple[int, Future[_Result]]]:
     """Do the work of every layer; yields each with its outcome once that is there.
 
@@ -32,7 +36,11 @@ def each_layer(
         layers: in the order wanted.
         work: what to do, thread-safe.
         bytes_each: memory that the work of a layer takes.
+        libraries: modules that the work imports, with a linear algebra of their own: one that is
+            loaded later is not held to one thread.
     """
+    for name in libraries:
+        import_module(name)
     workers = max(1, min(len(layers), _cores(), _MOST_BYTES // max(1, bytes_each)))
     limits = threadpool_limits(1) if workers > 1 else nullcontext()
     with limits, ThreadPoolExecutor(workers) as pool:

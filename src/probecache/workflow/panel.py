@@ -44,7 +44,6 @@ from probecache.metrics import auroc_within_folds
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import open_cache
 from probecache.workflow.cross_validation import texts_of
-from probecache.workflow.scoring import score_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from probecache.store.rows import ExampleRows
     from probecache.store.vectors import SavedVectors
     from probecache.workflow.judging import LayerResult
+    from probecache.workflow.scoring import ScoredLayer
 
 __all__ = ["Panel", "make_panel"]
 
@@ -119,6 +119,7 @@ def make_panel(
     best: LayerResult,
     permutation: PermutationTest,
     groups: Ints,
+    at_best: ScoredLayer,
 ) -> Panel:
     """Hold the best layer's result against everything else that could give it.
 
@@ -128,6 +129,7 @@ def make_panel(
         best: the best layer's result.
         permutation: its test against shuffled labels.
         groups: [examples], what the data say belongs together.
+        at_best: the best layer's token scores and mean rows.
     """
     examples, positive = rows.cache.examples, best.is_positive
     training = _training_examples(vectors)
@@ -139,10 +141,9 @@ def make_panel(
         _shuffled(permutation),
     )
     name, gain = best_baseline(baselines, best.auroc.auroc)
-    chunks = partial(rows.chunks, best.layer)
-    dimensions, share = outlier_dimensions(chunks, rows.cache.hidden_size)
-    pairs = pair_agreement(chunks, positive, groups)
-    first = _first_token_share(rows, vectors, best.layer)
+    dimensions, share = outlier_dimensions(at_best.means, rows.cache.hidden_size)
+    pairs = pair_agreement(at_best.means, positive, groups)
+    first = first_token_share(at_best.tokens.scores, at_best.tokens.counts)
     return Panel(
         baselines=baselines,
         best_baseline=name,
@@ -274,13 +275,6 @@ def _copies(
         return found
     seen = near_duplicates_of([record.question for record in training], questions)
     return (*found, *_told(copies_of_training_caution(seen)))
-
-
-def _first_token_share(rows: ExampleRows, vectors: SavedVectors, layer: int) -> float | None:
-    if rows.positions.one_row:
-        return None
-    tokens = score_tokens(rows, layer, vectors.directions[layer])
-    return first_token_share(tokens.scores, tokens.counts)
 
 
 def _differences(rows: ExampleRows, vectors: SavedVectors) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probecache.store.seal import encode_json
-from probecache.workflow.scoring import score_tokens
 
 if TYPE_CHECKING:
     from probecache.store.rows import ExampleRows
+    from probecache.workflow.scoring import TokenScores
 
 __all__ = ["token_scores_json"]
 
@@ -24,19 +24,18 @@ _MOST_PIECES = 2000  # of a prompt: nobody reads more, and the report holds them
 
 
 def token_scores_json(
-    rows: ExampleRows, layer: int, direction: NDArray[np.float32], scores: NDArray[np.float64]
+    rows: ExampleRows, layer: int, tokens: TokenScores, scores: NDArray[np.float64]
 ) -> bytes | None:
     """The file's content; None where a row is no token, or the cache does not say which.
 
     Args:
         rows: what was scored.
         layer: which layer.
-        direction: float32 [hidden].
+        tokens: the scores of its tokens.
         scores: [examples], by which the prompts are ranked.
     """
     if rows.positions.one_row or rows.spans() is None:
         return None
-    tokens = score_tokens(rows, layer, direction)
     first = dict(zip(tokens.owners[tokens.starts].tolist(), tokens.starts.tolist(), strict=True))
     order = np.argsort(scores, kind="stable").tolist()
     count = min(_MOST_PROMPTS, len(order) // 2)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probecache.atomic import require_place, sha256_of_file
-from probecache.controls import pair_agreement
+from probecache.controls import pair_cosine
 from probecache.errors import (
     EmptyClassError,
     FitError,
@@ -45,14 +45,13 @@ from probecache.workflow.layers_at_once import each_layer
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from probecache.controls import PairAgreement
     from probecache.fit import MethodFit
     from probecache.store.reader import Cache
     from probecache.workflow.cross_validation import Split
 
 __all__ = ["TrainOptions", "require_class", "train"]
 
-_CHUNK = 16 << 20  # numbers of a chunk of rows
+_CHUNK = 2 << 20  # numbers of a chunk of rows
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,8 @@ def train(
     rows = ExampleRows(cache, options.positions)
     split = _split(cache, options)
     fits, without = _fit_all(rows, chosen, split, options, skip=layers is None)
-    agreement = {
-        layer: pair_agreement(partial(rows.chunks, layer), split.is_positive, split.pairs)
-        for layer in fits
-    }
     about = _about(rows, options, source or str(cache.path), without)
-    runs = {
-        method: _run({n: fit[method] for n, fit in fits.items()}, split, about, agreement, method)
-        for method in options.methods
-    }
+    runs = {method: _run(fits, split, about, method) for method in options.methods}
     saved = save_run(output, {str(method): run for method, run in runs.items()})
     return {method: load_vectors(saved[method] / "normalized_vectors") for method in runs}
 
@@ -162,22 +154,19 @@ def _about(
 
 
 def _run(
-    fits: dict[int, MethodFit],
-    split: Split,
-    about: dict[str, Any],
-    agreement: dict[int, PairAgreement | None],
-    method: Method,
+    fits: dict[int, _FittedLayer], split: Split, about: dict[str, Any], method: Method
 ) -> TrainedRun:
+    own = {layer: fitted.methods[method] for layer, fitted in fits.items()}
     layers = {
         layer: TrainedLayer(
             probe=fit.probe,
             cross_validation=layer_estimate(fit, split),
             calibration=platt_of(fit, split),
-            pair_agreement=None if (found := agreement[layer]) is None else found.cosine,
+            pair_agreement=fits[layer].pair_agreement,
         )
-        for layer, fit in fits.items()
+        for layer, fit in own.items()
     }
-    validated = nested_estimate(fits, split)
+    validated = nested_estimate(own, split)
     return TrainedRun(
         layers,
         {
@@ -191,16 +180,18 @@ def _run(
 
 def _fit_all(
     rows: ExampleRows, layers: Sequence[int], split: Split, options: TrainOptions, *, skip: bool
-) -> tuple[dict[int, dict[Method, MethodFit]], list[int]]:
+) -> tuple[dict[int, _FittedLayer], list[int]]:
     """Probes by layer, and with `skip` the layers left out because their classes' means are equal.
 
     Raises:
         NoDirectionError: a layer without direction, where none may be left out or all would be.
     """
-    fits: dict[int, dict[Method, MethodFit]] = {}
+    fits: dict[int, _FittedLayer] = {}
     without: list[int] = []
     work = partial(_fit, rows, split=split, options=options)
-    for layer, future in each_layer(layers, work, _bytes_of_a_fit(rows, options)):
+    plain = options.methods == (Method.DIFFERENCE_OF_MEANS,)
+    libraries = () if plain else ("scipy.linalg",)
+    for layer, future in each_layer(layers, work, _bytes_of_a_fit(rows, plain), libraries):
         try:
             fits[layer] = future.result()
         except NoDirectionError:
@@ -210,20 +201,27 @@ def _fit_all(
     return fits, without
 
 
-def _bytes_of_a_fit(rows: ExampleRows, options: TrainOptions) -> int:
+def _bytes_of_a_fit(rows: ExampleRows, plain: bool) -> int:
     """Memory that fitting a layer takes: two wide chunks, and some matrices of the rows' size."""
     count = int(rows.counts.sum())
     chunk = 3 * 8 * min(count * rows.cache.hidden_size, _CHUNK)
-    return chunk if options.methods == (Method.DIFFERENCE_OF_MEANS,) else chunk + 6 * 8 * count**2
+    return chunk if plain else chunk + 6 * 8 * count**2
 
 
-def _fit(
-    rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions
-) -> dict[Method, MethodFit]:
+@dataclass(frozen=True)
+class _FittedLayer:
+    """What one layer gives: a fit per method, and how far its pairs agree."""
+
+    methods: dict[Method, MethodFit]
+    pair_agreement: float | None
+
+
+def _fit(rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions) -> _FittedLayer:
     design = Design(is_positive=split.is_positive, groups=split.pairs, folds=split.folds)
+    chunks = partial(rows.chunks, layer)
     try:
-        return fit_layer(
-            partial(rows.chunks, layer),
+        methods = fit_layer(
+            chunks,
             rows.cache.hidden_size,
             design,
             options.methods,
@@ -232,3 +230,4 @@ def _fit(
         )
     except (FitError, NonFiniteError) as error:
         raise type(error)(f"layer {layer} of {rows.cache.path}: {error}") from error
+    return _FittedLayer(methods, pair_cosine(chunks, split.is_positive, split.pairs))

@@ -8,6 +8,7 @@ artefact panel stands beside it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,15 @@ from probecache.store.rows import ExampleRows
 from probecache.types import Positions
 from probecache.workflow.belonging import choose_layers, require_data, require_scorable
 from probecache.workflow.judging import Category, Judged, LayerResult, by_category, judge
+from probecache.workflow.layers_at_once import each_layer
 from probecache.workflow.panel import Panel, make_panel
 from probecache.workflow.results import csv_bytes, require_output, save_results
-from probecache.workflow.scoring import STATISTICS, score_tokens
+from probecache.workflow.scoring import (
+    STATISTICS,
+    TokenScores,
+    bytes_of_scoring,
+    score_layer,
+)
 from probecache.workflow.summary import about, findings
 from probecache.workflow.token_scores import token_scores_json
 
@@ -130,10 +137,17 @@ def validate(
         require_data(cache, dataset)
     scored = _Scored.of(ExampleRows(cache, options.positions), vectors, chosen, options)
     judged = judge(
-        scored.scores, scored.is_positive, scored.groups, vectors.info.layers, scored.random
+        {layer: one.scores for layer, one in scored.layers.items()},
+        scored.is_positive,
+        scored.groups,
+        vectors.info.layers,
+        {layer: one.random for layer, one in scored.layers.items()},
     )
     categories = by_category(judged.best, [record.category for record in cache.examples])
-    panel = make_panel(scored.rows, vectors, judged.best, judged.permutation, scored.groups)
+    at_best = score_layer(scored.rows, judged.best.layer, vectors.directions[judged.best.layer])
+    panel = make_panel(
+        scored.rows, vectors, judged.best, judged.permutation, scored.groups, at_best
+    )
     warnings = _warnings(judged, panel, vectors, scored.rows, allowed)
     summary = {
         **about(scored.rows, vectors, str(options.aggregate), dataset, source),
@@ -141,7 +155,7 @@ def validate(
         "allowed_mismatch": allowed,
         "warnings": warnings,
     }
-    tables = _tables(scored, judged.best, vectors)
+    tables = _tables(scored, judged.best, at_best.tokens)
     files = save_results(output, summary, tables, visualize=options.visualize)
     return Validation(
         path=output,
@@ -163,15 +177,22 @@ def validate(
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """One layer's scores: of each example the statistics of its tokens, and their aggregate."""
+
+    statistics: dict[str, Floats]
+    scores: Floats
+    random: RandomControl | None
+
+
+@dataclass(frozen=True)
 class _Scored:
-    """Scores of all layers; of each example the statistics of its tokens and their aggregate."""
+    """Scores of all layers."""
 
     rows: ExampleRows
     is_positive: Bools
     groups: NDArray[np.intp]
-    statistics: dict[int, dict[str, Floats]]
-    scores: dict[int, Floats]
-    random: dict[int, RandomControl | None]
+    layers: dict[int, _Layer]
     aggregate: str
 
     @classmethod
@@ -184,23 +205,32 @@ class _Scored:
     ) -> _Scored:
         examples = rows.cache.examples
         positive = np.array([r.label == vectors.info.positive_class for r in examples])
-        statistics, scores, random = {}, {}, {}
-        for layer in layers:
-            tokens = score_tokens(rows, layer, vectors.directions[layer])
-            statistics[layer] = tokens.statistics()
-            scores[layer] = tokens.aggregated(options.aggregate)
-            if options.control_count:
-                random[layer] = _random(rows, layer, positive, options.control_count)
+        work = partial(_score, rows, vectors=vectors, positive=positive, options=options)
+        scored = each_layer(layers, work, bytes_of_scoring(rows))
         groups = group_numbers([record.group for record in examples])
-        return cls(rows, positive, groups, statistics, scores, random, str(options.aggregate))
+        found = {layer: future.result() for layer, future in scored}
+        return cls(rows, positive, groups, found, str(options.aggregate))
 
 
-def _random(rows: ExampleRows, layer: int, positive: Bools, count: int) -> RandomControl | None:
-    """None where all examples are equal, as at layer 0 where all end in one token."""
-    try:
-        return random_auroc(partial(rows.chunks, layer), positive, count)
-    except NoDirectionError:
-        return None
+def _score(
+    rows: ExampleRows,
+    layer: int,
+    *,
+    vectors: SavedVectors,
+    positive: Bools,
+    options: ValidateOptions,
+) -> _Layer:
+    scored = score_layer(rows, layer, vectors.directions[layer])
+    random = None
+    # Where all examples are equal, as at layer 0 where all end in one token, there are none.
+    with suppress(NoDirectionError):
+        if options.control_count:
+            random = random_auroc(scored.means, positive, options.control_count)
+    tokens = scored.tokens
+    return _Layer(tokens.statistics(), tokens.aggregated(options.aggregate), random)
+
+
+# ---------------------------------------------------------------- judgement
 
 
 def _warnings(
@@ -243,16 +273,16 @@ def _warnings(
 
 
 def _tables(
-    scored: _Scored, best: LayerResult, vectors: SavedVectors
+    scored: _Scored, best: LayerResult, tokens: TokenScores
 ) -> dict[str, Callable[[], bytes]]:
     """What makes each file beside the summary."""
     tables: dict[str, Callable[[], bytes]] = {
-        f"probe_stats_layer{layer}.csv": lambda at=layer: _stats_csv(scored, at)  # type: ignore[misc]
-        for layer in scored.scores
+        f"probe_stats_layer{layer}.csv": partial(_stats_csv, scored, layer)
+        for layer in scored.layers
     }
-    tokens = token_scores_json(scored.rows, best.layer, vectors.directions[best.layer], best.scores)
-    if tokens is not None:
-        tables["token_scores.json"] = lambda: tokens
+    content = token_scores_json(scored.rows, best.layer, tokens, best.scores)
+    if content is not None:
+        tables["token_scores.json"] = lambda: content
     return tables
 
 
@@ -260,8 +290,8 @@ def _stats_csv(scored: _Scored, layer: int) -> bytes:
     """One layer's table; what was made of the tokens has a column where no other one is it."""
     own = scored.aggregate not in _COLUMNS
     header = ["question_id", "question", "type", *STATISTICS, "n_tokens", *["score"] * own]
-    columns = [scored.statistics[layer][name].tolist() for name in STATISTICS]
-    columns += [_token_counts(scored.rows), *[scored.scores[layer].tolist()] * own]
+    columns = [scored.layers[layer].statistics[name].tolist() for name in STATISTICS]
+    columns += [_token_counts(scored.rows), *[scored.layers[layer].scores.tolist()] * own]
     rows = [
         [*map(csv_cell, (record.id, record.question, record.label)), *values]
         for record, *values in zip(scored.rows.cache.examples, *columns, strict=True)
