@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from probecache.errors import printable
 from probecache.layers import format_layers
-from probecache.metrics import negatives_needed
 
 if TYPE_CHECKING:
     from probecache.store.reader import Cache
@@ -269,6 +268,8 @@ def print_findings(result: Validation) -> None:
 
 def _print_best(result: Validation) -> None:
     """What belongs to the best layer alone."""
+    from probecache.metrics import negatives_needed  # NumPy: --help answers without it
+
     best = result.best
     for rate, found in best.tpr.items():
         percent = round(100 * rate)
