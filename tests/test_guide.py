@@ -141,6 +141,6 @@ def test_the_figures_are_drawn(guide):
     drawn = {path.name for path in (guide[0] / "validation_70b" / "visualizations").iterdir()}
     assert drawn == {
         f"{name}.{kind}"
-        for name in ("roc_curves", "auroc_by_layer", "score_distributions")
+        for name in ("roc_curves", "auroc_by_layer", "score_distributions", "calibration")
         for kind in ("png", "svg")
     }
