@@ -44,8 +44,8 @@ def each_layer(
     workers = max(1, min(len(layers), _cores(), _MOST_BYTES // max(1, bytes_each)))
     limits = threadpool_limits(1) if workers > 1 else nullcontext()
     with limits, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, layer) for layer in layers]
-        try:
+        try:  # submitting too: whoever is interrupted there must not wait for all layers
+            futures = [pool.submit(work, layer) for layer in layers]
             for layer, future in zip(layers, futures, strict=True):
                 future.exception()  # waits
                 yield layer, future
