@@ -110,6 +110,15 @@ def test_what_is_no_number_is_refused_with_class_row_and_layer(tmp_path, monkeyp
     assert f"row {place} of class 'testing' at layer {LAYER} of {cache.path}" in str(refused.value)
 
 
+def test_what_is_no_number_among_chosen_rows_is_refused_with_its_example(tmp_path):
+    rows = planted()
+    rows[2] = np.nan  # the last of the first example's three tokens
+    cache = cache_of(tmp_path / "cache", rows)
+    for positions in ("last-1", "mean"):
+        with pytest.raises(NonFiniteError, match="example 'q0' of class 'testing' at layer 4"):
+            score_tokens(ExampleRows(cache, positions), LAYER, DIRECTION)
+
+
 def test_all_is_sorted_and_exists():
     assert module.__all__ == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)

@@ -6,11 +6,11 @@ class and the row; rows stream, what stays is one number per token of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,7 @@ def score_layer(rows: ExampleRows, layer: int, direction: NDArray[np.float32]) -
     """Project every row of a layer on a direction [hidden], in one passage.
 
     Raises:
-        NonFiniteError: names the class, its row and the layer.
+        NonFiniteError: names the class, its row and the layer; where rows were chosen, the example.
     """
     wide_direction = direction.astype(np.float64)
     examples, hidden = len(rows.counts), len(direction)
@@ -98,7 +98,7 @@ def score_layer(rows: ExampleRows, layer: int, direction: NDArray[np.float32]) -
         owners.append(of_rows)
         scores.append(wide @ wide_direction)
         if not np.isfinite(scores[-1]).all():
-            _refuse(rows, layer, of_rows, int(np.flatnonzero(~np.isfinite(scores[-1]))[0]))
+            _refuse(rows, layer, owners, int(np.flatnonzero(~np.isfinite(scores[-1]))[0]))
         if sums is not None:
             _add(sums, of_rows, wide)
     tokens = TokenScores(np.concatenate(owners), np.concatenate(scores))
@@ -125,10 +125,18 @@ def _add(sums: Floats, owners: NDArray[np.int64], wide: Floats) -> None:
         sums[owners[start]] += wide[start:stop].sum(axis=0)
 
 
-def _refuse(rows: ExampleRows, layer: int, owners: NDArray[np.int64], bad: int) -> None:
-    record = rows.cache.examples[int(owners[bad])]
-    row = record.rows[0] + bad - int(np.searchsorted(owners, owners[bad]))
+def _refuse(
+    rows: ExampleRows, layer: int, owners: Sequence[NDArray[np.int64]], bad: int
+) -> NoReturn:
+    """Name the row `bad` of the last of these chunks; by its example where rows were chosen."""
+    example = int(owners[-1][bad])
+    record = rows.cache.examples[example]
+    # An example's rows may be divided among chunks.
+    before = sum(int((one == example).sum()) for one in owners[:-1])
+    row = record.rows[0] + before + int((owners[-1][:bad] == example).sum())
+    all_rows = rows.positions == rows.cache.info.positions
     raise NonFiniteError(
-        f"expected finite activations, got NaN or Inf in row {row} of class {record.label!r} at "
+        f"expected finite activations, got NaN or Inf in "
+        f"{f'row {row}' if all_rows else f'example {record.id!r}'} of class {record.label!r} at "
         f"layer {layer} of {rows.cache.path}; extract again in bfloat16 or float32"
     )
