@@ -12,7 +12,7 @@ from probecache.errors import NonFiniteError
 from probecache.store import reader
 from probecache.store.rows import ExampleRows
 from probecache.workflow import scoring as module
-from probecache.workflow.scoring import STATISTICS, score_tokens
+from probecache.workflow.scoring import STATISTICS, score_layer
 
 LABELS = ("testing", "deployment", "testing", "deployment", "deployment", "testing")
 TOKENS = [3, 1, 7, 2, 5, 4]
@@ -47,7 +47,7 @@ def scores_by_hand(cache):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_score_is_the_projection_of_the_row_on_disk_in_double_precision(tmp_path, dtype):
     cache = cache_of(tmp_path / "cache", planted(dtype=dtype))
-    tokens = score_tokens(ExampleRows(cache), LAYER, DIRECTION)
+    tokens = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
     assert tokens.scores.dtype == np.float64
     for example, expected in enumerate(scores_by_hand(cache)):
         found = tokens.scores[tokens.owners == example]
@@ -55,7 +55,7 @@ def test_a_score_is_the_projection_of_the_row_on_disk_in_double_precision(tmp_pa
 
 
 def test_owners_starts_and_counts_tell_whose_each_score_is(cache):
-    tokens = score_tokens(ExampleRows(cache), LAYER, DIRECTION)
+    tokens = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
     order = [n for label in cache.classes for n, name in enumerate(LABELS) if name == label]
     assert tokens.owners[tokens.starts].tolist() == order
     assert tokens.counts.tolist() == [TOKENS[n] for n in order]
@@ -63,7 +63,7 @@ def test_owners_starts_and_counts_tell_whose_each_score_is(cache):
 
 
 def test_statistics_and_aggregates_stand_in_data_order(cache):
-    tokens, by_hand = score_tokens(ExampleRows(cache), LAYER, DIRECTION), scores_by_hand(cache)
+    tokens, by_hand = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens, scores_by_hand(cache)
     for name, expected in zip(STATISTICS, (np.mean, np.max, np.min, np.std), strict=True):
         found = tokens.statistics()[name]
         np.testing.assert_allclose(found, [expected(s) for s in by_hand], atol=1e-12)
@@ -79,11 +79,11 @@ def test_statistics_and_aggregates_stand_in_data_order(cache):
 
 
 def test_chunks_that_cut_examples_give_the_same_scores(cache, monkeypatch):
-    whole = score_tokens(ExampleRows(cache), LAYER, DIRECTION)
+    whole = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
     monkeypatch.setattr(reader, "_CHUNK_BYTES", 4 * HIDDEN * 2)
     pieces = list(ExampleRows(cache).chunks(LAYER))
     assert len(pieces) > 10
-    cut = score_tokens(ExampleRows(cache), LAYER, DIRECTION)
+    cut = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
     assert np.array_equal(cut.owners, whole.owners)
     np.testing.assert_allclose(cut.scores, whole.scores, atol=1e-13)
 
@@ -92,7 +92,7 @@ def test_spread_of_a_far_away_score_loses_no_digits(tmp_path):
     rows = torch.zeros(4, HIDDEN)
     rows[:, 0] = torch.tensor([4e6, 4e6 + 1, 4e6, 4e6 + 1])
     cache = cache_of(tmp_path / "cache", rows, [2, 2], ("testing", "deployment"))
-    tokens = score_tokens(ExampleRows(cache), LAYER, np.eye(HIDDEN, dtype=np.float32)[0])
+    tokens = score_layer(ExampleRows(cache), LAYER, np.eye(HIDDEN, dtype=np.float32)[0]).tokens
     assert tokens.statistics()["std_score"].tolist() == [0.5, 0.5]
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_number_is_refused_with_class_row_and_layer(tmp_path, monkeyp
     cache = cache_of(tmp_path / "cache", rows)
     place = int((~torch.isfinite(rows_of(cache, "testing", LAYER)).all(1)).nonzero())
     with pytest.raises(NonFiniteError) as refused:
-        score_tokens(ExampleRows(cache), LAYER, DIRECTION)
+        score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
     assert f"row {place} of class 'testing' at layer {LAYER} of {cache.path}" in str(refused.value)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_number_among_chosen_rows_is_refused_with_its_example(tmp_pat
     cache = cache_of(tmp_path / "cache", rows)
     for positions in ("last-1", "mean"):
         with pytest.raises(NonFiniteError, match="example 'q0' of class 'testing' at layer 4"):
-            score_tokens(ExampleRows(cache, positions), LAYER, DIRECTION)
+            score_layer(ExampleRows(cache, positions), LAYER, DIRECTION).tokens
 
 
 def test_all_is_sorted_and_exists():

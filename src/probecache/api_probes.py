@@ -239,13 +239,13 @@ def validate_methods(
     )
     loaded = by_method(vectors)
     places = places_of(Path(output), list(loaded))
+    for place in places.values():  # all of them before the first is written
+        require_output(place)
     one = next(iter(loaded.values()))
     scored: tuple[int, ...] = ()
     if model is not None:
         given = {name: value for name, value in extraction.items() if value is not None}
         extraction = {**as_trained(one), **given, "positions": positions}
-        for place in places.values():
-            require_output(place)
         scored = choose_layers(one, layer_numbers(layers, one.info.identity.num_hidden_layers))
 
     def accept(identity: Identity, classes: Sequence[str]) -> None:

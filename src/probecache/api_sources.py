@@ -92,10 +92,20 @@ def as_trained(vectors: SavedVectors) -> dict[str, Any]:
 
 
 def by_method(vectors: str | Path | Mapping[str, SavedVectors]) -> Mapping[str, SavedVectors]:
-    """Vectors by method, of a run's folder or as they are."""
+    """Vectors by method, of a run's folder or as they are.
+
+    Raises:
+        UsageError: none, or a folder of several runs in place of one.
+    """
     if isinstance(vectors, str | Path):
         several = [load_vectors(run) for run in runs_in(vectors)] or [load_vectors(vectors)]
-        return {one.info.method: one for one in several}
+        found = {one.info.method: one for one in several}
+        if len(found) < len(several):
+            raise UsageError(
+                f"expected one run in {vectors}, got {len(several)}, of which some are of one "
+                f"method; name one of them: {runs_in(vectors)[0]}"
+            )
+        return found
     if not vectors:
         raise UsageError("expected vectors of at least one method, got none")
     return vectors

@@ -24,7 +24,7 @@ from probecache.fit.means import fit_means
 from probecache.fit.problem import Problem
 from probecache.fit.sums import FoldSums, gather_sums, row_folds
 
-__all__ = ["Design", "Method", "MethodFit", "fit_layer", "parse_methods"]
+__all__ = ["Design", "Method", "MethodFit", "fit_layer", "parse_methods", "parse_strengths"]
 
 
 def fit_layer(

@@ -37,6 +37,10 @@ __all__ = [
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.intp]
+# Each two of the folds are a fit more: beyond this the layer is not chosen anew for each fold.
+_MOST_NESTED = 20
+# Of fewer folds, leaving out both of two leaves nothing, and a layer cannot be chosen for a third.
+_FEWEST_NESTED = 3
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Split:
     together: bool = True
     why_not: str | None = None
 
+    @property
+    def nested(self) -> bool:
+        """Whether each two folds are left out, too, so that a layer can be chosen for each fold."""
+        return (
+            self.folds is not None and _FEWEST_NESTED <= int(self.folds.max()) + 1 <= _MOST_NESTED
+        )
+
 
 def texts_of(examples: Sequence[ExampleRecord]) -> list[str]:
     """What a reader would compare two examples by: the text and the answer."""
@@ -77,8 +88,8 @@ def split_examples(examples: Sequence[ExampleRecord], is_positive: Bools, folds:
     """Groups and folds of a cache's examples.
 
     Where nearly all texts are near-duplicates of one another, as those of one short template are,
-    keeping them together would leave nothing to hold out: then the data's own groups decide alone,
-    and the split says so.
+    keeping them together would leave too little to hold out, fewer than three folds of what the
+    data's own groups would divide further: then these decide alone, and the split says so.
 
     Args:
         examples: in data order.
@@ -99,7 +110,7 @@ def split_examples(examples: Sequence[ExampleRecord], is_positive: Bools, folds:
         found = assign_folds(is_positive, joined, folds)
     except EmptyClassError:
         found = None
-    if found is None or found.max() < own.max():
+    if found is None or found.max() + 1 < min(int(own.max()) + 1, _FEWEST_NESTED):
         return Split(is_positive, pairs, pairs, own, many, together=False)
     return Split(is_positive, pairs, joined, found, many)
 
@@ -123,7 +134,7 @@ def nested_estimate(fits: Mapping[int, MethodFit], split: Split) -> CrossValidat
         return None
     folds = int(split.folds.max()) + 1
     chosen: list[int] = []
-    if folds > 2:  # of two folds, leaving out both leaves nothing
+    if split.nested:
         chosen = [max(fits, key=lambda n: _inner_auroc(fits[n], split, f)) for f in range(folds)]
     return CrossValidationRecord(
         folds=folds,

@@ -123,10 +123,7 @@ def judge(
     matrix = np.stack([scores[layer] for layer in layers])
     clusters = len(np.unique(groups))
     clustered = clusters < len(groups)
-    if clustered:
-        areas = grouped_interval(matrix, positive, groups)
-    else:
-        areas = [auroc(scores, positive) for scores in matrix]
+    areas = _areas(matrix, positive, groups)
     test = permutation_test(matrix, positive, groups)
     best = int(np.argmax([area.auroc for area in areas]))
     below = _below_best(matrix, best, positive, groups if clustered else None)
@@ -157,6 +154,13 @@ def judge(
     )
     interval = f"bootstrap over {clusters} groups" if clustered else "DeLong"
     return Judged(results, results[best], test, interval, clustered)
+
+
+def _areas(matrix: Floats, positive: Bools, groups: NDArray[np.intp]) -> list[AurocEstimate]:
+    """The AUROC of each row of scores; intervals count groups where some hold several examples."""
+    if len(np.unique(groups)) < len(groups):
+        return grouped_interval(matrix, positive, groups)
+    return [auroc(scores, positive) for scores in matrix]
 
 
 def _below_best(
@@ -190,12 +194,15 @@ def _calibration(scores: Floats, positive: Bools, trained: LayerRecord) -> Calib
     return calibration(platt.probability(scores), positive)
 
 
-def by_category(best: LayerResult, names: Sequence[str | None]) -> tuple[Category, ...]:
+def by_category(
+    best: LayerResult, names: Sequence[str | None], groups: NDArray[np.intp]
+) -> tuple[Category, ...]:
     """The best layer by category; none where the data name none.
 
     Args:
         best: its result.
         names: each example's category, in data order.
+        groups: [examples], what the data say belongs together.
     """
     if not any(names):
         return ()
@@ -209,7 +216,7 @@ def by_category(best: LayerResult, names: Sequence[str | None]) -> tuple[Categor
                 name="(none)" if name is None else name,
                 n_positive=int(positive.sum()),
                 n_negative=int((~positive).sum()),
-                auroc=auroc(scores, positive) if both else None,
+                auroc=_areas(scores[None], positive, groups[here])[0] if both else None,
                 accuracy=float(np.mean((scores > best.threshold) == positive)),
                 mean_score=float(scores.mean()),
             )

@@ -23,7 +23,7 @@ from probecache.errors import (
     NonFiniteError,
     UsageError,
 )
-from probecache.fit import Design, Method, fit_layer
+from probecache.fit import Design, Method, fit_layer, parse_strengths
 from probecache.store.layout import LAYER_INFO
 from probecache.store.rows import ExampleRows
 from probecache.store.vectors import (
@@ -77,6 +77,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.folds < 0 or self.folds == 1:
             raise UsageError(f"expected --folds of at least 2, or 0 for none, got {self.folds}")
+        parse_strengths(self.methods, self.strength)  # refused before a model is run
 
 
 def train(
@@ -217,7 +218,7 @@ class _FittedLayer:
 
 
 def _fit(rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions) -> _FittedLayer:
-    design = Design(is_positive=split.is_positive, groups=split.pairs, folds=split.folds)
+    design = Design(split.is_positive, split.pairs, split.folds, nested=split.nested)
     chunks = partial(rows.chunks, layer)
     try:
         methods = fit_layer(

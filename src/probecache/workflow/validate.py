@@ -143,7 +143,8 @@ def validate(
         vectors.info.layers,
         {layer: one.random for layer, one in scored.layers.items()},
     )
-    categories = by_category(judged.best, [record.category for record in cache.examples])
+    names = [record.category for record in cache.examples]
+    categories = by_category(judged.best, names, scored.groups)
     at_best = score_layer(scored.rows, judged.best.layer, vectors.directions[judged.best.layer])
     panel = make_panel(
         scored.rows, vectors, judged.best, judged.permutation, scored.groups, at_best
