@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,47 @@ def test_the_readme_tells_a_newcomer_in_this_order():
     ]
 
 
-def test_the_architecture_page_names_every_module():
+def test_the_architecture_page_maps_every_module_once():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for path in (ROOT / "src" / "probecache").rglob("*.py"):
-        if not path.name.startswith("__"):
-            assert path.name in page, path.name
+    tree = page.split("```")[1].split("\nscripts/")[0]
+    modules = (path.name for path in (ROOT / "src" / "probecache").rglob("*.py"))
+    assert Counter(re.findall(r"\b[a-z_0-9]+\.py\b", tree)) == Counter(
+        name for name in modules if not name.startswith("__")
+    )
+
+
+# What a validation says that is no module's: fields whose names stand on the page of methods.
+EXPLAINED = ("interval", "best_of_all", "aggregate", "categories", "calibration_bins", "warnings")
+
+
+def test_the_page_of_methods_explains_every_figure_of_a_validation(followed):
+    folder, _ = followed
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    summary = json.loads((folder / "validation_experiment1" / "summary.json").read_text())
+    plain = {"layer", "n_positive", "n_negative"}
+    plain |= {f"{what}_{side}" for what in ("mean", "std") for side in ("positive", "negative")}
+    fields = {*EXPLAINED, *summary["artefacts"], *summary["layers"][0]} - plain
+    fields |= {one["name"] for one in summary["artefacts"]["baselines"]}
+    (trained,) = folder.glob("run_experiment1_*/normalized_vectors/vectors.json")
+    layers = json.loads(trained.read_text())["layers"]
+    fields |= set(layers["10"]) - plain - {"file"}
+    named = set(re.findall(r"`([a-z0-9_-]+)(?:\.[a-z]+)?`", page))
+    missing = {name for name in fields if name not in named}
+    assert missing <= {"baselines", "cv_low", "cv_high"}
+
+
+def test_the_page_of_methods_explains_every_warning():
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    table = page.split("## Warnings")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!it says|---)(.+?) \|", table, re.MULTILINE)
+    written = ("controls/cautions.py", "workflow/validate.py")
+    sources = [(ROOT / "src" / "probecache" / path).read_text("utf-8") for path in written]
+    # Sentences are written over several lines, with figures in between.
+    text = re.sub(r'"\s*f?"', "", " ".join(sources))
+    assert len(rows) > 15
+    for row in rows:
+        for words in filter(None, (part.strip() for part in row.split("…"))):
+            assert words in text, words
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +197,28 @@ def test_the_guides_plan_is_what_plan_prints(followed):
         for text in (shown(GUIDE, "plan"), ran.stdout)
     )
     assert told == printed
+
+
+def test_the_guides_comparison_is_what_compare_prints(followed):
+    folder, _ = followed
+    section = GUIDE.split("## Compare\n")[1].split("\n## ")[0]
+    printed = ""
+    for line in blocks(section, "bash")[1].splitlines():
+        words = shlex.split(line)
+        for place, word in enumerate(words):
+            if word.endswith("_TIMESTAMP"):
+                (run,) = folder.glob(word.removesuffix("TIMESTAMP") + "*")
+                words[place] = run.name
+        ran = subprocess.run(
+            [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=True
+        )
+        printed = ran.stdout
+    told = shown(GUIDE, "compare")
+    # Another processor rounds bfloat16 otherwise.
+    number = r"[-+]?\d+\.\d+(?:e-?\d+)?"
+    assert re.sub(number, "0", told).split() == re.sub(number, "0", printed).split()
+    found, shown_areas = ([float(n) for n in re.findall(r"0\.\d{3}", x)] for x in (printed, told))
+    assert shown_areas == pytest.approx(found, abs=0.01)
 
 
 def test_the_demos_figures_in_the_readme_are_the_demos(followed):
