@@ -74,9 +74,7 @@ def test_the_cosine_with_the_planted_direction_is_that_of_theory(wide):
 
 def test_the_auroc_on_fresh_examples_is_that_of_theory(wide, tmp_path):
     spacing, _, vectors, fresh = wide
-    result = probecache.validate(
-        vectors=vectors, cache=fresh, output=tmp_path / "v", control=False
-    )
+    result = probecache.validate(vectors=vectors, cache=fresh, output=tmp_path / "v", control=False)
     theory = auroc_in_theory(spacing, cosine_in_theory(spacing, 8192, 102))
     assert round(theory, 3) == {2.0: 0.587, 4.0: 0.803}[spacing]
     assert_agrees(areas(result), theory, widest=0.04)
@@ -93,9 +91,7 @@ def test_probabilities_fixed_in_training_hold_on_fresh_examples(wide, tmp_path):
     """The line is fitted on scores of probes from four fifths of the examples. The whole probe has
     a larger cosine, and so a slope that is larger by the ratio of the two: 1 at best."""
     spacing, _, vectors, fresh = wide
-    result = probecache.validate(
-        vectors=vectors, cache=fresh, output=tmp_path / "v", control=False
-    )
+    result = probecache.validate(vectors=vectors, cache=fresh, output=tmp_path / "v", control=False)
     slopes = [layer.calibration.slope for layer in result.layers]
     whole, held_out = (cosine_in_theory(spacing, 8192, n) for n in (102, 102 * 4 / 5))
     if spacing == 4.0:  # where the classes hardly part a slope is anything

@@ -63,7 +63,10 @@ def test_owners_starts_and_counts_tell_whose_each_score_is(cache):
 
 
 def test_statistics_and_aggregates_stand_in_data_order(cache):
-    tokens, by_hand = score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens, scores_by_hand(cache)
+    tokens, by_hand = (
+        score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens,
+        scores_by_hand(cache),
+    )
     for name, expected in zip(STATISTICS, (np.mean, np.max, np.min, np.std), strict=True):
         found = tokens.statistics()[name]
         np.testing.assert_allclose(found, [expected(s) for s in by_hand], atol=1e-12)
@@ -106,7 +109,7 @@ def test_what_is_no_number_is_refused_with_class_row_and_layer(tmp_path, monkeyp
     cache = cache_of(tmp_path / "cache", rows)
     place = int((~torch.isfinite(rows_of(cache, "testing", LAYER)).all(1)).nonzero())
     with pytest.raises(NonFiniteError) as refused:
-        score_layer(ExampleRows(cache), LAYER, DIRECTION).tokens
+        score_layer(ExampleRows(cache), LAYER, DIRECTION)
     assert f"row {place} of class 'testing' at layer {LAYER} of {cache.path}" in str(refused.value)
 
 
@@ -116,7 +119,7 @@ def test_what_is_no_number_among_chosen_rows_is_refused_with_its_example(tmp_pat
     cache = cache_of(tmp_path / "cache", rows)
     for positions in ("last-1", "mean"):
         with pytest.raises(NonFiniteError, match="example 'q0' of class 'testing' at layer 4"):
-            score_layer(ExampleRows(cache, positions), LAYER, DIRECTION).tokens
+            score_layer(ExampleRows(cache, positions), LAYER, DIRECTION)
 
 
 def test_all_is_sorted_and_exists():

@@ -2,7 +2,14 @@
 
 from probecache.fit.leave_out import leave_group_out_scores
 from probecache.fit.means import MeanDifferenceFitter, fit_difference_of_means
-from probecache.fit.methods import Design, Method, MethodFit, fit_layer, parse_methods, parse_strengths
+from probecache.fit.methods import (
+    Design,
+    Method,
+    MethodFit,
+    fit_layer,
+    parse_methods,
+    parse_strengths,
+)
 
 __all__ = [
     "Design",

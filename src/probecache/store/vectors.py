@@ -96,8 +96,8 @@ class CrossValidationRecord(BaseModel):
     `near_duplicates` counts examples with a like in another group, which shared its fold unless
     there are too many of them. `nested` is the AUROC of examples scored at the layer that the other
     folds chose for them; `layer_by_fold` names these layers, `best_layer` the one that all folds
-    together would choose. Of two folds there is no `nested`, for leaving out both leaves nothing; nor
-    of more than twenty, which would take too many fits.
+    together would choose. Of two folds there is no `nested`, for leaving out both leaves nothing;
+    nor of more than twenty, which would take too many fits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
