@@ -270,7 +270,13 @@ def _print_best(result: Validation) -> None:
     """What belongs to the best layer alone."""
     from probecache.metrics import negatives_needed  # NumPy: --help answers without it
 
-    best = result.best
+    best, fixed = result.best, result.chosen_in_training
+    if fixed is not None:
+        area = fixed.auroc
+        _say(
+            f"Layer {fixed.layer}, chosen in training: AUROC {area.auroc:.3f} [{area.low:.3f}, "
+            f"{area.high:.3f}]"
+        )
     for rate, found in best.tpr.items():
         percent = round(100 * rate)
         if found is None:
@@ -296,13 +302,20 @@ def _print_best(result: Validation) -> None:
 
 
 def _print_categories(result: Validation) -> None:
+    """A line for each category that holds both classes; of the others, how many."""
     if not result.categories:
         return
     _say(f"By category, layer {result.best.layer}:")
-    for one in result.categories:
+    both = [one for one in result.categories if one.auroc is not None]
+    for one in both:
         area = one.auroc
-        shown = f"{area.auroc:.3f} [{area.low:.3f}, {area.high:.3f}]" if area else "one class only"
-        _say(f"  {one.name:<24} {one.n_positive:>5}/{one.n_negative:<5} {shown}")
+        assert area is not None
+        _say(
+            f"  {one.name:<24} {one.n_positive:>5}/{one.n_negative:<5} {area.auroc:.3f} "
+            f"[{area.low:.3f}, {area.high:.3f}]"
+        )
+    if rest := len(result.categories) - len(both):
+        _say(f"  {_count(rest, 'category', 'categories')} of one class only: see summary.json")
 
 
 def _print_panel(result: Validation) -> None:
@@ -345,8 +358,8 @@ def _say(line: str) -> None:
     print(printable(line))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
 
 
 def _bytes(count: int) -> str:

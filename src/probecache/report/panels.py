@@ -123,6 +123,11 @@ def tiles(validation: Validation) -> list[Tile]:
     """The figures to read first; those that the validation has."""
     best, evidence = validation.best, validation.evidence
     found = [Tile(f"AUROC at layer {best.layer}", f"{best.auroc:.3f}", _bounds(best))]
+    fixed = evidence.training.best_layer if evidence.training else None
+    if fixed is not None and fixed in validation.results and fixed != best.layer:
+        chosen = validation.results[fixed]
+        name = f"Layer {fixed}, chosen in training"
+        found.append(Tile(name, f"{chosen.auroc:.3f}", _bounds(chosen)))
     if evidence.training and evidence.training.nested:
         nested = evidence.training.nested
         note = f"{_range(nested)}, layer chosen inside the folds"

@@ -98,6 +98,7 @@ class Judged:
 
     layers: tuple[LayerResult, ...]
     best: LayerResult
+    chosen_in_training: LayerResult | None
     permutation: PermutationTest
     interval: str
     clustered: bool
@@ -109,6 +110,7 @@ def judge(
     groups: NDArray[np.intp],
     trained: Mapping[int, LayerRecord],
     random: Mapping[int, RandomControl | None],
+    chosen: int | None = None,
 ) -> Judged:
     """Judge every layer.
 
@@ -118,6 +120,7 @@ def judge(
         groups: [examples], what the data say belongs together.
         trained: what training said of each layer.
         random: what random directions reach, where that was asked for.
+        chosen: the layer that training chose, if it did.
     """
     layers = list(scores)
     matrix = np.stack([scores[layer] for layer in layers])
@@ -153,7 +156,8 @@ def judge(
         for place, layer in enumerate(layers)
     )
     interval = f"bootstrap over {clusters} groups" if clustered else "DeLong"
-    return Judged(results, results[best], test, interval, clustered)
+    fixed = next((result for result in results if result.layer == chosen), None)
+    return Judged(results, results[best], fixed, test, interval, clustered)
 
 
 def _areas(matrix: Floats, positive: Bools, groups: NDArray[np.intp]) -> list[AurocEstimate]:

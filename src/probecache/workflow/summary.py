@@ -62,6 +62,7 @@ def findings(
     best, test = judged.best, judged.permutation
     return {
         "best_layer": best.layer,
+        "chosen_in_training": fixed.layer if (fixed := judged.chosen_in_training) else None,
         "interval": judged.interval,
         "best_of_all": {
             "p_value": test.p_value,

@@ -88,6 +88,7 @@ class Validation:
     path: Path
     layers: tuple[LayerResult, ...]
     best: LayerResult
+    chosen_in_training: LayerResult | None
     permutation: PermutationTest
     interval: str
     categories: tuple[Category, ...]
@@ -142,6 +143,7 @@ def validate(
         scored.groups,
         vectors.info.layers,
         {layer: one.random for layer, one in scored.layers.items()},
+        None if (held_out := vectors.info.cross_validation) is None else held_out.best_layer,
     )
     names = [record.category for record in cache.examples]
     categories = by_category(judged.best, names, scored.groups)
@@ -162,6 +164,7 @@ def validate(
         path=output,
         layers=judged.layers,
         best=judged.best,
+        chosen_in_training=judged.chosen_in_training,
         permutation=judged.permutation,
         interval=judged.interval,
         categories=categories,
@@ -264,10 +267,21 @@ def _warnings(
     if len(areas) > 1:
         found.append(
             f"Layer {best.layer} was chosen as the best of {len(areas)} on these very prompts, "
-            "so its AUROC is optimistic: score prompts that played no part in the choice before "
-            "quoting it."
+            f"so its AUROC is optimistic: {_instead(judged)}"
         )
     return found
+
+
+def _instead(judged: Judged) -> str:
+    """What to quote in place of a layer that was chosen on the prompts that it is quoted for."""
+    fixed = judged.chosen_in_training
+    if fixed is None:
+        return "score prompts that played no part in the choice before quoting it."
+    area = fixed.auroc
+    return (
+        f"quote layer {fixed.layer}, which training chose: {area.auroc:.3f} [{area.low:.3f}, "
+        f"{area.high:.3f}]."
+    )
 
 
 # ---------------------------------------------------------------- files
