@@ -30,7 +30,8 @@ def blocks(text, language):
 
 
 def options_of(name):
-    return {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    parameters = COMMANDS[name].params
+    return {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
