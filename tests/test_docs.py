@@ -233,7 +233,7 @@ def test_every_file_of_a_cache_that_the_readme_draws_is_there(followed):
     folder, _ = followed
     tree = README.split("## What a cache looks like")[1].split("```")[1]
     names = re.findall(r"─ (\S+)", tree)
-    assert len(names) == 7
+    assert len(names) == 8
     caches = [folder / "activations_cache" / name for name in ("contrastive", "validation")]
     for name in names:
         found = [cache for cache in caches if list(cache.rglob(name.rstrip("/")))]
