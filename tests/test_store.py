@@ -34,13 +34,14 @@ from probecache.store.place import finish_complete
 from probecache.store.reader import open_cache
 from probecache.store.seal import encode_json
 from probecache.store.tensorfile import file_bytes
-from probecache.store.vectors import load_vectors, save_run
+from probecache.store.vectors import TrainedLayer, TrainedRun, load_vectors, save_run
 from probecache.store.verify import verify
 from probecache.store.writer import require_free_layers
 
 HIDDEN = 6
 RECORDS = labelled("testing", "deployment", "deployment", "testing", "deployment")
 IS_TESTING = torch.tensor([True, False, False, True, False])
+METHOD = "difference-of-means"
 DTYPES = ["float32", "float16", "bfloat16"]
 TOKENS = [2, 3, 1, 2, 1]
 SPANS = np.arange(36).reshape(9, 4)  # of no text; that shows where they are used
@@ -547,15 +548,22 @@ def run(tmp_path):
         for layer in (4, 12)
     }
     about = {
-        "method": "difference of means",
+        "method": METHOD,
         "positive_class": "deployment",
         "negative_class": "testing",
         "hidden_size": 5,
+        "positions": "last",
+        "answered": False,
         "source_cache": "somewhere",
         "source_cache_sha256": "0" * 64,
         "identity": IDENTITY,
     }
-    return save_run(tmp_path / "run", probes, about), probes, about
+    return save(tmp_path / "run", probes, about), probes, about
+
+
+def save(output, probes, about):
+    layers = {layer: TrainedLayer(probe) for layer, probe in probes.items()}
+    return save_run(output, {METHOD: TrainedRun(layers, about)})[METHOD]
 
 
 def test_a_run_holds_raw_and_unit_vectors_and_explains_itself_in_both(run):
@@ -643,8 +651,8 @@ def test_forged_vectors_are_refused(run, forgery):
 
 def test_two_runs_in_one_second_get_two_names(run, tmp_path):
     folder, probes, about = run
-    second = save_run(tmp_path / "run", probes, about)
-    third = save_run(tmp_path / "run", probes, about)
+    second = save(tmp_path / "run", probes, about)
+    third = save(tmp_path / "run", probes, about)
     assert len({folder, second, third}) == 3
     for path in (folder, second, third):
         stamp = path.name.removeprefix("run_")
@@ -655,7 +663,7 @@ def test_two_runs_in_one_second_get_two_names(run, tmp_path):
 @pytest.mark.parametrize("name", [".", "/"])
 def test_a_run_without_a_name_is_refused(run, name):
     with pytest.raises(OutputError, match="name a folder"):
-        save_run(Path(name), run[1], run[2])
+        save(Path(name), run[1], run[2])
 
 
 def test_a_place_without_vectors_is_refused_with_where_to_point(tmp_path):
