@@ -463,7 +463,6 @@ def test_a_model_without_data_is_refused(call, tmp_path):
     "options",
     [
         {"dtype": "float32"},
-        {"positions": "last"},
         {"system_prompt": ""},
         {"chat_template": False},
         {"truncate": True},
@@ -479,6 +478,23 @@ def test_options_of_extraction_with_a_cache_are_refused_by_name(call, pairs, tmp
 def test_all_options_that_do_not_go_with_a_cache_are_named_at_once(call, pairs, tmp_path):
     message = refused(UsageError, call, tmp_path, cache=pairs, dtype="float32", adapter="x")
     assert "adapter, dtype with --model only" in message
+
+
+def test_positions_that_a_cache_does_not_keep_are_refused(call, pairs, tmp_path):
+    message = refused(MismatchError, call, tmp_path, cache=pairs, positions="mean")
+    assert f"to take mean from, got {pairs.path}, which keeps last" in message
+    assert "extract with --positions mean" in message
+
+
+def test_positions_that_are_none_are_refused_with_those_that_there_are(call, pairs, tmp_path):
+    message = refused(UsageError, call, tmp_path, cache=pairs, positions="first")
+    assert "expected --positions to be last, mean, all, answer" in message
+    assert "got 'first'" in message
+
+
+def test_positions_that_a_cache_keeps_change_nothing(pairs, vectors, tmp_path):
+    named = probecache.train(cache=pairs, output=tmp_path / "r", positions="last")
+    assert content_of(named.path, "*.pt") == content_of(vectors.path, "*.pt")
 
 
 def test_what_only_hushes_or_tells_goes_with_a_cache(call, prompts, tmp_path):
