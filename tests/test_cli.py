@@ -742,7 +742,7 @@ def test_info_describes_caches_and_runs(capsys, made):
     assert "10,20,23" in cache
     assert "4 (testing 2 examples" in cache
     _, run, _ = command(capsys, "info", made / "run")
-    assert "difference of means" in run
+    assert "difference-of-means" in run
     assert "deployment (against testing)" in run
 
 
@@ -773,7 +773,7 @@ def test_an_encoder_goes_through_the_whole_workflow(capsys, tmp_path):
         capsys, "validate", *there, "--vectors", run, "--output", tmp_path / "v"
     )
     assert code == 0, err
-    assert "AUROC per layer, deployment counted as positive (2 against 2 prompts)" in out
+    assert "AUROC per layer, deployment counted as positive (2 against 2 prompts;" in out
 
 
 # ---------------------------------------------------------------- as a program
@@ -842,8 +842,8 @@ def test_the_list_of_commands_cuts_no_explanation_short(capsys):
     _, out, _ = command(capsys, "--help")
     assert [name for name, _ in commands()] == sorted(
         [
-            *("demo", "extract", "import", "info", "make-validation", "plan", "train"),
-            *("validate", "verify"),
+            *("compare", "demo", "extract", "import", "info", "make-validation", "plan"),
+            *("train", "validate", "verify"),
         ]
     )
     assert "..." not in out.split("Commands:")[1]
