@@ -339,7 +339,7 @@ def test_names_from_data_never_become_places(tmp_path):
             rf"layer_info\.json|metadata\.json|layer_\d+(/({word}_activations\.pt|rows\.crc32))?",
             name,
         )
-    figures = {"roc_curves", "auroc_by_layer", "score_distributions"}
+    figures = {"roc_curves", "auroc_by_layer", "score_distributions", "calibration"}
     expected = {f"visualizations/{name}.{kind}" for name in figures for kind in ("png", "svg")}
     expected |= {"summary.json", "summary.csv", "report.html", "visualizations"}
     expected |= {f"probe_stats_layer{layer}.csv" for layer in (0, 3)}
