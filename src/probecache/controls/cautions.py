@@ -75,7 +75,8 @@ def baseline_cautions(baselines: Sequence[Baseline], auroc: float) -> list[str]:
 
     A baseline explains the score where its interval reaches the probe's AUROC and it is clear of
     chance itself; random directions do where their mean comes within 0.02 of it. Lengths that
-    differ without explaining the score are told too.
+    differ without explaining the score are told too. A probe below chance parts the classes as
+    well as one that is as far above it, and is compared as such.
     """
     return [words for one in baselines if (words := _baseline_caution(one, auroc))]
 
@@ -84,30 +85,32 @@ def _baseline_caution(baseline: Baseline, auroc: float) -> str | None:
     if baseline.auroc is None or baseline.low is None or baseline.high is None:
         return None
     figures = f"AUROC {baseline.auroc:.3f} [{baseline.low:.3f}, {baseline.high:.3f}]"
+    shown = f"{auroc:.3f}" if auroc >= _CHANCE else f"{1 - auroc:.3f} turned round"
+    auroc = max(auroc, 1 - auroc)
     if baseline.name == "random-directions":
-        return _random_caution(baseline, auroc)
+        return _random_caution(baseline, auroc, shown)
     if baseline.name not in _EXPLANATIONS:
         return None
     if not _clear_of_chance(baseline.auroc, baseline.low):
         return None
     if baseline.high >= auroc:
         what, advice = _EXPLANATIONS[baseline.name]
-        return f"{what}: {figures} against {auroc:.3f}. {advice}"
+        return f"{what}: {figures} against {shown}. {advice}"
     if baseline.name == "length" and baseline.auroc >= _LEAST_LENGTH:
         return (
             f"The classes' prompts differ in length: length alone gives {figures}, the probe "
-            f"{auroc:.3f}. Part of the score may be length: score prompts that are equally long."
+            f"{shown}. Part of the score may be length: score prompts that are equally long."
         )
     return None
 
 
-def _random_caution(baseline: Baseline, auroc: float) -> str | None:
+def _random_caution(baseline: Baseline, auroc: float, shown: str) -> str | None:
     # Not the best of them: where a real direction dominates the spread, some come near it.
     if baseline.auroc is None or auroc - baseline.auroc > _LEAST_OVER_RANDOM:
         return None
     return (
         "Random directions in the data's own covariance do about as well as the probe: AUROC "
-        f"{baseline.auroc:.3f} on average, up to {baseline.high:.3f}, against {auroc:.3f}. The "
+        f"{baseline.auroc:.3f} on average, up to {baseline.high:.3f}, against {shown}. The "
         "classes differ along the directions in which the activations vary most anyway, or hardly "
         "at all: the score is no evidence that this direction stands for the concept."
     )

@@ -248,10 +248,13 @@ def _warnings(
             "These are the very prompts that the vectors were trained on: the AUROC says how well "
             "they were learnt, not how well it carries over. Score other prompts."
         )
+    turned = reversed_caution(areas, vectors.info.positive_class)
+    # Scores that are all reversed are no chance result, which a one-sided p-value calls them.
+    chance = not (turned and best.auroc.high < 0.5)
     cautions = (
-        reversed_caution(areas, vectors.info.positive_class),
+        turned,
         chance_caution(best.layer, best.auroc),
-        permutation_caution(judged.permutation.p_value, len(areas)),
+        permutation_caution(judged.permutation.p_value, len(areas)) if chance else None,
         few_examples_caution(best.auroc.n_positive, best.auroc.n_negative),
         *panel.warnings,
     )
