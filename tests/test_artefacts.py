@@ -32,6 +32,7 @@ WARNINGS = {
     "layer 0": "The embeddings (layer 0)",
     "length": "The length of the prompts alone",
     "length differs": "The classes' prompts differ in length",
+    "letters differ": "The classes' prompts end in different option letters",
     "mismatch": "Scored across a difference",
     "one side": "Nearly all scores lie on one side",
     "pairs": "The pairs disagree",
@@ -188,6 +189,17 @@ def test_a_letter_that_goes_with_the_class_is_told(tmp_path):
     assert baseline(result, "answer-letter").auroc == 1.0
 
 
+def test_a_letter_that_mostly_goes_with_the_class_is_told_where_the_probe_does_better(tmp_path):
+    letters = np.where(classes(EACH), "A", "B")
+    letters[::5] = np.where(classes(EACH), "B", "A")[::5]
+    texts = lettered(composed_texts(2, 2 * EACH), letters)
+    result = Study(2, spacing=4.0, texts=texts).run(tmp_path)
+    assert "letters differ" in told(result)
+    assert told(result) <= {"letters differ", "words"}
+    found = baseline(result, "answer-letter")
+    assert 0.7 < found.auroc < found.high < result.best.auroc.auroc
+
+
 def test_letters_that_both_classes_end_in_are_not_told(tmp_path):
     letters = np.where(np.arange(2 * EACH) % 4 < 2, "A", "B")
     result = Study(1, spacing=2.5, texts=lettered(composed_texts(1, 2 * EACH), letters)).run(
@@ -286,10 +298,50 @@ def test_embeddings_that_part_the_classes_as_well_are_told(tmp_path, at_layer_0,
     assert found.low < found.auroc < found.high
 
 
+def test_embeddings_that_are_all_the_same_part_nothing(tmp_path):
+    """As where all prompts end in one token of the chat template."""
+    rng, positive = np.random.default_rng(19), classes(EACH)
+    axis = unit(rng.standard_normal(HIDDEN))
+    same = np.ones((2 * EACH, HIDDEN), dtype=np.float32)
+    caches = [
+        cache_of(
+            tmp_path / name,
+            positive,
+            {0: same, 8: rows_along(rng, positive, axis, 2.5)},
+            texts=composed_texts(190 + place, 2 * EACH),
+        )
+        for place, name in enumerate(("training", "scored"))
+    ]
+    vectors = probecache.train(cache=caches[0], output=tmp_path / "run")
+    assert vectors.info.layers_without_direction == [0]
+    result = probecache.validate(vectors=vectors, cache=caches[1], output=tmp_path / "v")
+    assert told(result) == set()
+    assert baseline(result, "layer-0").auroc is None
+    assert baseline(result, "layer-0").how.startswith("Not to be had: expected the classes' means")
+
+
 def test_a_reversed_sign_is_told(tmp_path):
     result = Study(8, labels=~classes(EACH)).run(tmp_path)
     assert told(result) == {"reversed"}
     assert result.best.auroc.high < 0.5
+
+
+def test_a_layer_whose_sign_is_reversed_is_told_beside_one_that_is_right(tmp_path):
+    rng, positive = np.random.default_rng(18), classes(EACH)
+    axis = unit(rng.standard_normal(HIDDEN))
+    caches = [
+        cache_of(
+            tmp_path / name,
+            positive,
+            {n: rows_along(rng, positive, axis, d) for n, d in ((4, 2.5), (8, at_layer_8))},
+            texts=composed_texts(180 + place, 2 * EACH),
+        )
+        for place, (name, at_layer_8) in enumerate((("training", 2.5), ("scored", -2.5)))
+    ]
+    vectors = probecache.train(cache=caches[0], output=tmp_path / "run")
+    result = probecache.validate(vectors=vectors, cache=caches[1], output=tmp_path / "v")
+    assert told(result) == {"best of several", "reversed"}
+    assert any("At layer 8 the scores are reversed" in one for one in result.warnings)
 
 
 def test_scores_at_chance_are_told(tmp_path):
@@ -334,10 +386,9 @@ def anecdote(tmp_path_factory):
 
 def command(capsys, *words):
     """What a command prints."""
-    try:
+    with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    except SystemExit as ended:
-        assert not ended.code
+    assert not ended.value.code
     return capsys.readouterr().out
 
 
@@ -426,6 +477,33 @@ def test_clustered_data_get_an_interval_that_counts_groups(tmp_path):
     assert other.auroc == pytest.approx(one.auroc, abs=1e-12)
     assert other.high - other.low == pytest.approx(one.high - one.low, rel=0.12)
     assert "copies" not in told(grouped)
+
+
+@pytest.mark.parametrize("groups", [None, [f"g{place // 2}" for place in range(2 * EACH)]])
+def test_other_layers_are_said_to_lie_as_far_below_the_best_as_their_aurocs_do(tmp_path, groups):
+    rng, positive = np.random.default_rng(20), classes(EACH)
+    axis = unit(rng.standard_normal(HIDDEN))
+    caches = [
+        cache_of(
+            tmp_path / name,
+            positive,
+            {n: rows_along(rng, positive, axis, d) for n, d in ((4, 1.0), (8, 2.5), (12, 2.4))},
+            texts=composed_texts(200 + place, 2 * EACH),
+            groups=groups,
+        )
+        for place, name in enumerate(("training", "scored"))
+    ]
+    vectors = probecache.train(cache=caches[0], output=tmp_path / "run")
+    result = probecache.validate(vectors=vectors, cache=caches[1], output=tmp_path / "v")
+    rows = {row["layer"]: row for row in summary_of(result)["layers"]}
+    best = rows.pop(result.best.layer)
+    assert best["below_best"] is None
+    for row in rows.values():
+        below = row["below_best"]
+        assert below["difference"] == pytest.approx(best["auroc"] - row["auroc"], abs=1e-12)
+        assert below["low"] < below["difference"] < below["high"]
+    assert rows[4]["below_best"]["low"] > 0
+    assert rows[4]["below_best"]["p_value"] < 0.01
 
 
 @pytest.fixture(scope="module")

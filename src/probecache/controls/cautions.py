@@ -33,8 +33,8 @@ __all__ = [
 _CHANCE = 0.5
 # What 1% of chance results exceed, in the units in which the shown interval reaches 2.5%.
 _ALARMS, _SHOWN = 0.01, 0.95
-# A length AUROC below that is no cue that matters, however surely it is there.
-_LEAST_LENGTH = 0.6
+# An AUROC of length or letter below that is no cue that matters, however surely it is there.
+_LEAST_PART = 0.6
 _LEAST_TOKEN_SHARE, _TIMES_EVEN_SHARE = 0.5, 3.0
 _MOST_IN_OUTLIERS = 0.5
 _FEWEST, _SHARE_OF_COPIES = 20, 0.02
@@ -69,14 +69,27 @@ _EXPLANATIONS = {
     ),
 }
 
+# What is told even where the probe does better: no concept is in them, so they can be balanced.
+_PARTS = {
+    "length": (
+        "The classes' prompts differ in length: length alone gives",
+        "Part of the score may be length: score prompts that are equally long.",
+    ),
+    "answer-letter": (
+        "The classes' prompts end in different option letters: the letter alone gives",
+        "Part of the score may be the letter: take the letters off, or let each class end in each "
+        "letter equally often.",
+    ),
+}
+
 
 def baseline_cautions(baselines: Sequence[Baseline], auroc: float) -> list[str]:
     """What every baseline has to say on a probe of this AUROC, in the baselines' order.
 
     A baseline explains the score where its interval reaches the probe's AUROC and it is clear of
-    chance itself; random directions do where their mean comes within 0.02 of it. Lengths that
-    differ without explaining the score are told too. A probe below chance parts the classes as
-    well as one that is as far above it, and is compared as such.
+    chance itself; random directions do where their mean comes within 0.02 of it. Lengths and
+    letters that differ without explaining the score are told too. A probe below chance parts the
+    classes as well as one that is as far above it, and is compared as such.
     """
     return [words for one in baselines if (words := _baseline_caution(one, auroc))]
 
@@ -96,11 +109,9 @@ def _baseline_caution(baseline: Baseline, auroc: float) -> str | None:
     if baseline.high >= auroc:
         what, advice = _EXPLANATIONS[baseline.name]
         return f"{what}: {figures} against {shown}. {advice}"
-    if baseline.name == "length" and baseline.auroc >= _LEAST_LENGTH:
-        return (
-            f"The classes' prompts differ in length: length alone gives {figures}, the probe "
-            f"{shown}. Part of the score may be length: score prompts that are equally long."
-        )
+    if baseline.name in _PARTS and baseline.auroc >= _LEAST_PART:
+        what, advice = _PARTS[baseline.name]
+        return f"{what} {figures}, the probe {shown}. {advice}"
     return None
 
 
