@@ -104,7 +104,7 @@ def test_every_method_is_fitted_at_every_layer_as_the_fitters_do_alone(several, 
 
 
 def test_scores_of_each_method_are_those_of_its_vectors_validated_alone(several, scored, tmp_path):
-    found, folder = several
+    _, folder = several
     together = probecache.validate_methods(folder, cache=scored, output=tmp_path / "all")
     assert sorted(together) == sorted(METHODS)
     assert names_in(tmp_path / "all") == sorted(METHODS)
@@ -363,7 +363,7 @@ def chat(number, label):
         "messages": [
             {"role": "user", "content": f"Is {said[0]} (A) or {said[1]} (B)?"},
             {"role": "assistant", "content": f"I say {said[2]}, number {number}"},
-            {"role": "user", "content": f"Then {label == 'testing' and 'solve' or 'write'} it"},
+            {"role": "user", "content": f"Then {'solve' if label == 'testing' else 'write'} it"},
         ],
         "label": label,
         "id": f"chat{number}",
