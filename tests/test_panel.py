@@ -1,4 +1,4 @@
-"""The artefact panel: each figure against its own function on plain inputs, each fixture flagged."""
+"""The artefact panel: each figure against plain inputs, each artefact by its own fixture."""
 
 from __future__ import annotations
 
