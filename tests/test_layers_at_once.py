@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import os
+import signal
 import threading
 import time
 
@@ -107,7 +108,7 @@ def test_an_interruption_from_outside_ends_once_what_is_in_work_is_done():
         begun.append(layer)
         time.sleep(0.05)
         if layer == 0:
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
         done.append(layer)
 
@@ -136,6 +137,22 @@ def test_an_interruption_while_work_is_handed_out_ends_soon_too(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         list(each_layer(list(range(100)), work, 1))
     assert len(begun) < 10
+
+
+def test_work_that_takes_long_is_told_that_nobody_waits_for_it():
+    stopped, ended = threading.Event(), []
+
+    def work(layer):
+        if layer == 0:
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+        ended.append(stopped.wait(20))
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(each_layer([0, 1, 2, 3, 4], work, 1, stopped))
+    assert time.monotonic() - start < 5
+    assert ended == [True] * 3
 
 
 def test_a_caller_who_stops_listening_ends_the_rest():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +267,27 @@ def test_an_interruption_within_a_layers_work_ends_the_run_and_leaves_nothing(
         api.train_methods(METHODS, cache=training, output=tmp_path / "r")
     assert names_in(tmp_path) == []
     assert threading.active_count() == threads
+
+
+def test_ctrl_c_ends_a_layer_that_is_read_at_its_next_rows(training, tmp_path, monkeypatch):
+    chunks, read = ExampleRows.chunks, []
+
+    def endless(self, layer):
+        first = next(iter(chunks(self, layer)))
+        for count in range(2000):
+            if count == 5 and layer == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            read.append(layer)
+            time.sleep(0.01)
+            yield first
+
+    monkeypatch.setattr(ExampleRows, "chunks", endless)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        api.train_methods(["dom", "ridge"], cache=training, output=tmp_path / "r")
+    assert time.monotonic() - start < 5
+    assert len(read) < 500
+    assert names_in(tmp_path) == []
 
 
 def test_rows_that_are_no_numbers_name_the_layer_and_leave_nothing(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import import_module
+from threading import Event
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -29,6 +30,7 @@ def each_layer(
     work: Callable[[int], _Result],
     bytes_each: int,
     libraries: Sequence[str] = (),
+    stopped: Event | None = None,
 ) -> Iterator[tuple[int, Future[_Result]]]:
     """Do the work of every layer; yields each with its outcome once that is there.
 
@@ -38,6 +40,8 @@ def each_layer(
         bytes_each: memory that the work of a layer takes.
         libraries: modules that the work imports, with a linear algebra of their own: one that is
             loaded later is not held to one thread.
+        stopped: set once no outcome is wanted any more, for work that takes long to end by. Python
+            interrupts the main thread alone, and that waits for the others.
     """
     for name in libraries:
         import_module(name)
@@ -50,6 +54,8 @@ def each_layer(
                 future.exception()  # waits
                 yield layer, future
         finally:
+            if stopped is not None:
+                stopped.set()
             pool.shutdown(cancel_futures=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,9 @@ from probecache.workflow.cross_validation import (
 from probecache.workflow.layers_at_once import each_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
+
+    from numpy.typing import NDArray
 
     from probecache.fit import MethodFit
     from probecache.store.reader import Cache
@@ -189,10 +192,12 @@ def _fit_all(
     """
     fits: dict[int, _FittedLayer] = {}
     without: list[int] = []
-    work = partial(_fit, rows, split=split, options=options)
+    stopped = Event()
+    work = partial(_fit, rows, split=split, options=options, stopped=stopped)
     plain = options.methods == (Method.DIFFERENCE_OF_MEANS,)
     libraries = () if plain else ("scipy.linalg",)
-    for layer, future in each_layer(layers, work, _bytes_of_a_fit(rows, plain), libraries):
+    each = each_layer(layers, work, _bytes_of_a_fit(rows, plain), libraries, stopped)
+    for layer, future in each:
         try:
             fits[layer] = future.result()
         except NoDirectionError:
@@ -217,9 +222,11 @@ class _FittedLayer:
     pair_agreement: float | None
 
 
-def _fit(rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions) -> _FittedLayer:
+def _fit(
+    rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions, stopped: Event
+) -> _FittedLayer:
     design = Design(split.is_positive, split.pairs, split.folds, nested=split.nested)
-    chunks = partial(rows.chunks, layer)
+    chunks = partial(_chunks, rows, layer, stopped)
     try:
         methods = fit_layer(
             chunks,
@@ -232,3 +239,13 @@ def _fit(rows: ExampleRows, layer: int, *, split: Split, options: TrainOptions) 
     except (FitError, NonFiniteError) as error:
         raise type(error)(f"layer {layer} of {rows.cache.path}: {error}") from error
     return _FittedLayer(methods, pair_cosine(chunks, split.is_positive, split.pairs))
+
+
+def _chunks(
+    rows: ExampleRows, layer: int, stopped: Event
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """A layer's rows, until the run is interrupted."""
+    for chunk in rows.chunks(layer):
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        yield chunk
