@@ -19,7 +19,6 @@ from probecache.controls import (
     first_token_caution,
     first_token_share,
     length_baseline,
-    outlier_caution,
     outlier_dimensions,
     pair_agreement,
     pairs_caution,
@@ -86,7 +85,6 @@ class Fixture:
             "reversed": reversed_caution({3: found}, "deployment"),
             "chance": chance_caution(3, found),
             "few": few_examples_caution(found.n_positive, found.n_negative),
-            "outliers": outlier_caution(*outlier_dimensions(chunks, 60)),
         }
         return sentences | {name: words for name, words in single.items() if words}
 
@@ -166,7 +164,6 @@ def test_a_word_that_gives_the_class_away_is_told():
     [
         ("words-from-training", "fitted on the training prompts carries over"),
         ("layer-0", "The embeddings (layer 0)"),
-        ("shuffled-labels", "Vectors trained on shuffled labels"),
     ],
 )
 def test_other_baselines_have_words_of_their_own(name, words):
@@ -222,12 +219,6 @@ def test_a_choice_among_layers_that_permutation_explains_is_told():
     assert "The best of 9 layers" in permutation_caution(0.21, 9)
     assert "p = 0.210" in permutation_caution(0.21, 9)
     assert permutation_caution(0.05, 9) is None
-
-
-def test_a_few_dimensions_that_hold_the_norm_are_told():
-    assert outlier_caution((7, 2), 0.5) is None
-    words = outlier_caution((7, 2), 0.93)
-    assert "93% of the squared norm lies in 2 dimensions (7, 2)" in words
 
 
 def test_copies_within_a_group_are_no_caution():

@@ -323,7 +323,13 @@ def test_the_summarys_table_is_the_same_as_csv(token_cache, vectors, output):
     nested = {"below_best", "tpr_at_1", "tpr_at_5"}
     plain = [{name: row[name] for name in row if name not in nested} for row in rows]
     assert all(nested < row.keys() for row in rows)
-    assert [set(row) - nested for row in table] == [set(row) for row in plain]
+    parts = {f"{name}_{part}" for name in nested for part in ("low", "high")}
+    assert set(table[0]) == {*rows[0], *parts, "below_best_p_value"}
+    best, other = sorted(rows, key=lambda row: row["below_best"] is not None)
+    cells = {int(row["layer"]): row for row in table}
+    assert cells[best["layer"]]["below_best"] == ""
+    for part in ("low", "high", "p_value"):
+        assert float(cells[other["layer"]][f"below_best_{part}"]) == other["below_best"][part]
     for cells, row in zip(table, plain, strict=True):
         assert {n: float(cells[n]) if cells[n] else None for n in row} == row
 

@@ -328,6 +328,8 @@ def _print_panel(result: Validation) -> None:
     for one in panel.baselines:
         known = one.auroc is not None
         shown = f"{one.auroc:.3f} [{one.low:.3f}, {one.high:.3f}]" if known else f"-      {one.how}"
+        if known and one.name == "random-directions":
+            shown = f"{one.auroc:.3f} on average, {one.low:.3f} to {one.high:.3f}"
         _say(f"  {one.title:<{width}}  {shown}")
     if panel.gain is not None:
         named = {one.name: one.title for one in panel.baselines}
@@ -341,6 +343,8 @@ def _print_panel(result: Validation) -> None:
     ]
     if panel.pairs is not None:
         facts.append(f"pair differences agree by {panel.pairs.cosine:.2f} (mean cosine)")
+    if panel.first_token_share is not None:
+        facts.append(f"the first token accounts for {panel.first_token_share:.0%} of the scores")
     alike = "rendered alike" if not panel.differences else "not rendered alike: "
     _say(f"  {'; '.join(facts)}; {alike}{', '.join(panel.differences)}")
 

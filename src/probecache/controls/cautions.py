@@ -23,7 +23,6 @@ __all__ = [
     "copies_of_training_caution",
     "few_examples_caution",
     "first_token_caution",
-    "outlier_caution",
     "pairs_caution",
     "permutation_caution",
     "repeated_prompts_caution",
@@ -36,7 +35,6 @@ _ALARMS, _SHOWN = 0.01, 0.95
 # An AUROC of length or letter below that is no cue that matters, however surely it is there.
 _LEAST_PART = 0.6
 _LEAST_TOKEN_SHARE, _TIMES_EVEN_SHARE = 0.5, 3.0
-_MOST_IN_OUTLIERS = 0.5
 _FEWEST, _SHARE_OF_COPIES = 20, 0.02
 _P_VALUE = 0.05
 _LEAST_OVER_RANDOM = 0.02
@@ -62,10 +60,6 @@ _EXPLANATIONS = {
     "layer-0": (
         "The embeddings (layer 0) part the classes as well as the probe, before any block has run",
         "Which tokens stand at the kept positions explains the score: balance or change them.",
-    ),
-    "shuffled-labels": (
-        "Vectors trained on shuffled labels part the classes as well as the probe",
-        "Look for copies or groups that stand in both training and validation.",
     ),
 }
 
@@ -251,18 +245,6 @@ def pairs_caution(agreement: PairAgreement | None) -> str | None:
         f"is {agreement.cosine:.3f}, no more than differences of random sign give (up to "
         f"{agreement.chance:.3f}). The vector stands for no shared direction: look at the pairs, "
         "the positions and the layer."
-    )
-
-
-def outlier_caution(dimensions: Sequence[int], share: float) -> str | None:
-    """Whether a few dimensions hold most of the norm."""
-    if share <= _MOST_IN_OUTLIERS:
-        return None
-    named = ", ".join(map(str, dimensions))
-    return (
-        f"{share:.0%} of the squared norm lies in {len(dimensions)} dimensions ({named}): "
-        "a direction that is not scaled by them may be about these alone. Compare with "
-        "standardised or whitened methods."
     )
 
 

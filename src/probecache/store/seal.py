@@ -15,9 +15,19 @@ from typing import Any
 
 from probecache.atomic import sha256_of_file
 
-__all__ = ["NO_SEAL", "encode_json", "is_intact", "record_files", "seal_json"]
+__all__ = [
+    "NO_SEAL",
+    "SEALED",
+    "encode_json",
+    "folders_by_method",
+    "is_intact",
+    "record_files",
+    "seal_json",
+]
 
 NO_SEAL = "0" * 64
+# The manifests of a run, of a folder of vectors, and of a validation.
+SEALED = ("run.json", "vectors.json", "summary.json")
 # Within a JSON string the quotes would be escaped, so a text that looks like a seal is none.
 _SEAL = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 
@@ -43,6 +53,21 @@ def record_files(folder: Path, but: str) -> dict[str, dict[str, int | str]]:
         for name, path in names.items()
         if name != but
     }
+
+
+def folders_by_method(path: Path) -> tuple[Path, ...]:
+    """The runs, vectors or validations that a path stands for: itself, or one for each method.
+
+    Empty where there is neither.
+    """
+    if any((path / name).is_file() for name in SEALED):
+        return (path,)
+    if not path.is_dir():
+        return ()
+    held = ("run.json", "summary.json")
+    return tuple(
+        child for child in sorted(path.iterdir()) if any((child / n).is_file() for n in held)
+    )
 
 
 def is_intact(document: bytes) -> bool:

@@ -35,7 +35,7 @@ from probecache.atomic import (
 from probecache.errors import StoreError
 from probecache.store.layout import ONLY_CONVENTION
 from probecache.store.reader import WIDEST, read_manifest
-from probecache.store.seal import NO_SEAL, seal_json
+from probecache.store.seal import NO_SEAL, folders_by_method, seal_json
 from probecache.store.tensorfile import FileRecord, data_offset, encode_vector, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 
@@ -298,12 +298,8 @@ def save_run(output: str | Path, runs: Mapping[str, TrainedRun]) -> dict[str, Pa
 
 def runs_in(path: str | Path) -> tuple[Path, ...]:
     """The runs, or folders of vectors, that a path stands for: itself, or one per method."""
-    path = Path(path)
-    if any((path / name).is_file() for name in (_MANIFEST, _RUN)):
-        return (path,)
-    if not path.is_dir():
-        return ()
-    return tuple(sorted(child for child in path.iterdir() if (child / _RUN).is_file()))
+    found = folders_by_method(Path(path))
+    return tuple(one for one in found if any((one / n).is_file() for n in (_MANIFEST, _RUN)))
 
 
 def _contents(run: TrainedRun) -> dict[str, bytes]:

@@ -36,15 +36,13 @@ from probecache.store.layout import (
 )
 from probecache.store.place import TEMPORARY
 from probecache.store.reader import Cache, read_manifest
-from probecache.store.seal import is_intact
+from probecache.store.seal import SEALED, folders_by_method, is_intact
 from probecache.store.tensorfile import FileRecord, data_offset
 from probecache.types import Dtype
 
 __all__ = ["Damage", "Report", "damaged_examples", "verify"]
 
 _CHUNK = 4 << 20
-# The manifests that name the other files of their folder, and where in them the records are.
-_SEALED = ("run.json", "vectors.json", "summary.json")
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,11 @@ def verify(path: str | Path) -> Report:
     path = Path(path)
     if (path / LAYER_INFO).is_file():
         return _verify_cache(path)
-    for name in _SEALED:
-        if (path / name).is_file():
-            return _verify_sealed(path, name)
-    if members := _members(path):
-        return _verify_members(path, members)
+    found = [_verify_one(folder) for folder in folders_by_method(path)]
+    if len(found) == 1 and found[0].path == path:
+        return found[0]
+    if found:
+        return _together(path, found)
     if find_unfinished(path) is not None:
         raise StoreError(
             f"expected a finished cache at {path}, got one whose extraction has not finished; "
@@ -113,20 +111,12 @@ def verify(path: str | Path) -> Report:
     )
 
 
-def _members(path: Path) -> list[tuple[Path, str]]:
-    """Folders, one per method, that runs or validations of several methods lie in."""
-    if not path.is_dir():
-        return []
-    return [
-        (child, name)
-        for child in sorted(path.iterdir())
-        for name in ("run.json", "summary.json")
-        if (child / name).is_file()
-    ]
+def _verify_one(path: Path) -> Report:
+    return _verify_sealed(path, next(name for name in SEALED if (path / name).is_file()))
 
 
-def _verify_members(path: Path, members: list[tuple[Path, str]]) -> Report:
-    reports = [_verify_sealed(child, name) for child, name in members]
+def _together(path: Path, reports: list[Report]) -> Report:
+    """One report on the runs or validations of several methods that lie in one folder."""
     whole = Report(path, " and ".join(sorted({f"{report.kind}s" for report in reports})))
     for report in reports:
         whole.files += report.files
@@ -331,7 +321,7 @@ def _verify_sealed(path: Path, name: str) -> Report:
             return report
         _check_recorded(report, records)
         for inner in records:
-            if Path(inner).name in _SEALED:
+            if Path(inner).name in SEALED:
                 _check_seal(report, inner)
         _check_foreign(report, {name, *records}, unfinished_too=True)
     return report

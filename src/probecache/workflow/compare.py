@@ -26,7 +26,7 @@ from probecache.metrics import AurocDifference, paired_difference
 from probecache.report.compared import ComparedRun, read_compared
 from probecache.report.fields import Interval, shown
 from probecache.report.saved import LayerScores, Validation
-from probecache.store.seal import encode_json
+from probecache.store.seal import encode_json, folders_by_method
 
 __all__ = ["Comparison", "Pairing", "compare", "lines"]
 
@@ -68,7 +68,8 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
     """Read two or more folders and set them side by side.
 
     Args:
-        paths: folders of validations, of runs, or of a run's vectors.
+        paths: folders of validations, of runs, or of a run's vectors; one that holds those of
+            several methods stands for each of them.
         output: folder for comparison.csv, .json and .html; free, or of an earlier comparison.
             None writes nothing.
 
@@ -77,6 +78,7 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
         StoreError: a folder is none of these, or malformed.
         OutputError: the output holds something else, or cannot be written.
     """
+    paths = [one for path in map(Path, paths) for one in folders_by_method(path) or (path,)]
     if not 2 <= len(paths) <= _MOST_RUNS:
         raise UsageError(
             f"expected from 2 to {_MOST_RUNS} folders to compare, got {len(paths)}; name "

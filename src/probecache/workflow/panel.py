@@ -120,6 +120,8 @@ def make_panel(
     permutation: PermutationTest,
     groups: Ints,
     at_best: ScoredLayer,
+    *,
+    control: bool,
 ) -> Panel:
     """Hold the best layer's result against everything else that could give it.
 
@@ -130,14 +132,15 @@ def make_panel(
         permutation: its test against shuffled labels.
         groups: [examples], what the data say belongs together.
         at_best: the best layer's token scores and mean rows.
+        control: whether random directions were asked for.
     """
     examples, positive = rows.cache.examples, best.is_positive
-    training = _training_examples(vectors)
+    training, same = _training_examples(vectors), _same_data(rows, vectors)
     baselines = (
         *_text_baselines(examples, positive, groups),
-        _words_from_training(examples, positive, training, vectors.info.positive_class),
+        _words_from_training(examples, positive, training, vectors.info.positive_class, same=same),
         _layer_0(rows, positive, groups),
-        _random(best.random),
+        _random(best.random, asked=control),
         _shuffled(permutation),
     )
     name, gain = best_baseline(baselines, best.auroc.auroc)
@@ -159,7 +162,7 @@ def make_panel(
             *baseline_cautions(baselines, best.auroc.auroc),
             *_told(first_token_caution(first, float(rows.counts.mean()))),
             *_told(pairs_caution(pairs)),
-            *_copies(examples, training, groups, same=_same_data(rows, vectors)),
+            *_copies(examples, training, groups, same=same),
         ),
     )
 
@@ -190,14 +193,16 @@ def _words_from_training(
     positive: Bools,
     training: Sequence[ExampleRecord] | None,
     positive_class: str,
+    *,
+    same: bool,
 ) -> Baseline:
+    name, title = "words-from-training", "Bag of words from training"
+    if same:  # it would know its own texts by heart
+        how = "Not to be had: these are the prompts that were trained on."
+        return estimated_baseline(name, title, None, how)
     if training is None:
-        return estimated_baseline(
-            "words-from-training",
-            "Bag of words from training",
-            None,
-            "Not to be had: the cache that the vectors came from is not at hand.",
-        )
+        how = "Not to be had: the cache that the vectors came from is not at hand."
+        return estimated_baseline(name, title, None, how)
     labels = [record.label == positive_class for record in training]
     return training_words_baseline(
         texts_of(training), labels, texts_of(examples), positive.tolist()
@@ -227,10 +232,10 @@ def _layer_0(rows: ExampleRows, positive: Bools, groups: Ints) -> Baseline:
     return estimated_baseline(name, title, found, how)
 
 
-def _random(control: RandomControl | None) -> Baseline:
+def _random(control: RandomControl | None, *, asked: bool) -> Baseline:
     if control is not None:
         return random_directions_baseline(control)
-    how = "Not asked for; add --control."
+    how = "Not to be had: all examples are equal." if asked else "Not asked for; add --control."
     return estimated_baseline("random-directions", "Random directions", None, how)
 
 

@@ -33,6 +33,12 @@ _OURS = re.compile(
     r"probe_stats_layer\d+\.csv|summary\.(json|csv)|report\.html|token_scores\.json|"
     r"visualizations(/(roc_curves|auroc_by_layer|score_distributions|calibration)\.(png|svg))?"
 )
+# Of a layer's record, the estimates that have parts; the first is the estimate itself.
+_PARTS = {
+    "below_best": ("difference", "low", "high", "p_value"),
+    "tpr_at_1": ("tpr", "low", "high"),
+    "tpr_at_5": ("tpr", "low", "high"),
+}
 _MOST_BYTES = 64 << 20  # of a summary, far above any
 
 
@@ -98,11 +104,10 @@ def save_results(
         OutputError: no room, or not writable; nothing is left.
     """
     place, rows = real_path(output), summary["layers"]
-    flat = [name for name, value in rows[0].items() if not isinstance(value, dict)]
-    flat = [name for name in flat if not any(isinstance(row[name], dict) for row in rows)]
+    flat = [_flat(row) for row in rows]
     files = {
         "summary.json": encode_json(summary),
-        "summary.csv": csv_bytes(flat, [[row[name] for name in flat] for row in rows]),
+        "summary.csv": csv_bytes(list(flat[0]), [row.values() for row in flat]),
     }
     needed = len(tables) * len(next(iter(tables.values()))()) + sum(map(len, files.values()))
     with disk_errors_named(output, needed), temporary_sibling(place) as folder:
@@ -120,6 +125,17 @@ def save_results(
             write_uncommitted(folder / "summary.json", sealed)
             _replace(folder, place)
     return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's record with a column for each figure, whether it has it or not."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        first, *others = _PARTS.get(name, ("",))
+        columns[name] = value[first] if first and value is not None else value
+        for part in others:
+            columns[f"{name}_{part}"] = None if value is None else value[part]
+    return columns
 
 
 def _draw(folder: Path) -> dict[str, bytes]:

@@ -149,7 +149,13 @@ def validate(
     categories = by_category(judged.best, names, scored.groups)
     at_best = score_layer(scored.rows, judged.best.layer, vectors.directions[judged.best.layer])
     panel = make_panel(
-        scored.rows, vectors, judged.best, judged.permutation, scored.groups, at_best
+        scored.rows,
+        vectors,
+        judged.best,
+        judged.permutation,
+        scored.groups,
+        at_best,
+        control=options.control_count > 0,
     )
     warnings = _warnings(judged, panel, vectors, scored.rows, allowed)
     summary = {
