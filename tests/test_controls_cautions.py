@@ -19,7 +19,6 @@ from probecache.controls import (
     first_token_caution,
     first_token_share,
     length_baseline,
-    outlier_dimensions,
     pair_agreement,
     pairs_caution,
     permutation_caution,

@@ -15,6 +15,7 @@ from synthetic import rows_of, train, validate, write_cache
 from probecache.store.reader import open_cache
 from probecache.store.rows import ExampleRows
 from probecache.store.vectors import load_vectors
+from probecache.unrecorded import unrecorded
 from probecache.workflow import panel as module
 from probecache.workflow.panel import make_panel
 
@@ -298,6 +299,17 @@ def test_a_difference_in_rendering_is_told(tmp_path, field, words):
     panel = validate(cache, vectors, tmp_path / "v", **options).panel
     alike = panel.record()["rendered_alike"]
     assert alike == {"alike": False, "differences": [words]}
+
+
+@pytest.mark.parametrize("imported", ["both", "scored"])
+def test_what_an_import_does_not_tell_is_not_taken_for_alike_or_different(tmp_path, imported):
+    note = {"chat_template": unrecorded("ab" * 32), "system_prompt": unrecorded("ab" * 32)}
+    first = written(tmp_path / "t", labelled(0), 100, **(note if imported == "both" else {}))
+    cache = written(tmp_path / "c", labelled(1000), 200, **note)
+    vectors = train(first, tmp_path / "r", layers=[6])
+    allowed = [] if imported == "both" else list(note)
+    panel = validate(cache, vectors, tmp_path / "v", allow_mismatch=allowed).panel
+    assert panel.record()["rendered_alike"] == {"alike": None, "differences": []}
 
 
 @pytest.mark.parametrize("answered", ["training", "scored"])

@@ -345,8 +345,8 @@ def _print_panel(result: Validation) -> None:
         facts.append(f"pair differences agree by {panel.pairs.cosine:.2f} (mean cosine)")
     if panel.first_token_share is not None:
         facts.append(f"the first token accounts for {panel.first_token_share:.0%} of the scores")
-    alike = "rendered alike" if not panel.differences else "not rendered alike: "
-    _say(f"  {'; '.join(facts)}; {alike}{', '.join(panel.differences)}")
+    words = {True: "rendered alike", False: "not rendered alike: ", None: "rendering not recorded"}
+    _say(f"  {'; '.join(facts)}; {words[panel.alike]}{', '.join(panel.differences)}")
 
 
 def print_comparison(comparison: Comparison) -> None:

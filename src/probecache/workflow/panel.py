@@ -43,6 +43,7 @@ from probecache.folds import assign_folds
 from probecache.metrics import auroc_within_folds
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import open_cache
+from probecache.unrecorded import is_recorded
 from probecache.workflow.cross_validation import texts_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ __all__ = ["Panel", "make_panel"]
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.intp]
+# Fields of an identity that are texts, or None, or a note that nobody recorded them.
+_RENDERING = {
+    "chat_template": "the chat template",
+    "system_prompt": "the system prompt",
+    "template_date": "the date in the chat template",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class Panel:
         pairs: agreement of the pairs' differences; None without pairs.
         outlier_dimensions, outlier_share: dimensions with most of the squared norm, their share.
         first_token_share: share of the scores' variance that the first kept token accounts for.
-        differences: how training and scored prompts were rendered otherwise; empty if alike.
+        alike: whether training and scored prompts were rendered alike; None where an import does
+            not tell and nothing that is known differs.
+        differences: how they were rendered otherwise.
         warnings: what of all this a reader must not miss, in plain words.
     """
 
@@ -86,6 +95,7 @@ class Panel:
     outlier_dimensions: tuple[int, ...]
     outlier_share: float
     first_token_share: float | None
+    alike: bool | None
     differences: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -107,7 +117,7 @@ class Panel:
             },
             "first_token_share": self.first_token_share,
             "rendered_alike": {
-                "alike": not self.differences,
+                "alike": self.alike,
                 "differences": list(self.differences),
             },
         }
@@ -147,6 +157,7 @@ def make_panel(
     dimensions, share = outlier_dimensions(at_best.means, rows.cache.hidden_size)
     pairs = pair_agreement(at_best.means, positive, groups)
     first = first_token_share(at_best.tokens.scores, at_best.tokens.counts)
+    differences = _differences(rows, vectors)
     return Panel(
         baselines=baselines,
         best_baseline=name,
@@ -157,7 +168,8 @@ def make_panel(
         outlier_dimensions=dimensions,
         outlier_share=share,
         first_token_share=first,
-        differences=_differences(rows, vectors),
+        alike=not differences if differences or _rendering_told(rows, vectors) else None,
+        differences=differences,
         warnings=(
             *baseline_cautions(baselines, best.auroc.auroc),
             *_told(first_token_caution(first, float(rows.counts.mean()))),
@@ -282,19 +294,24 @@ def _copies(
     return (*found, *_told(copies_of_training_caution(seen)))
 
 
+def _rendering_told(rows: ExampleRows, vectors: SavedVectors) -> bool:
+    """Whether it is recorded how either were rendered; an import does not tell."""
+    both = (vectors.info.identity, rows.cache.identity)
+    return all(is_recorded(getattr(one, name)) for one in both for name in _RENDERING)
+
+
 def _differences(rows: ExampleRows, vectors: SavedVectors) -> tuple[str, ...]:
     """How training and scored prompts were rendered otherwise."""
     then, now = vectors.info.identity, rows.cache.identity
     found = [
         f"{words} differs"
-        for name, words in (
-            ("chat_template", "the chat template"),
-            ("system_prompt", "the system prompt"),
-            ("template_date", "the date in the chat template"),
-            ("special_tokens_kept", "whether special tokens are kept"),
-        )
-        if getattr(then, name) != getattr(now, name)
+        for name, words in _RENDERING.items()
+        if is_recorded(getattr(then, name))
+        and is_recorded(getattr(now, name))
+        and getattr(then, name) != getattr(now, name)
     ]
+    if then.special_tokens_kept != now.special_tokens_kept:
+        found.append("whether special tokens are kept differs")
     answered = any(record.answer for record in rows.cache.examples)
     if answered != vectors.info.answered:
         both = ("training", "the scored") if vectors.info.answered else ("the scored", "training")
