@@ -18,6 +18,7 @@ from probecache.store.vectors import load_vectors
 from probecache.unrecorded import unrecorded
 from probecache.workflow import panel as module
 from probecache.workflow.panel import make_panel
+from probecache.workflow.scoring import score_layer
 
 HIDDEN = 12
 SYLLABLES = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("ap", "eno", "iri", "ot", "umba")]
@@ -327,8 +328,10 @@ def test_a_panel_can_be_made_again_from_what_lies_there(made, tmp_path):
     found, cache, _ = made(pairs(0), labelled(1000))
     vectors = load_vectors(next(tmp_path.glob("run_*")))
     groups = np.arange(60)
+    rows, layer = ExampleRows(open_cache(cache.path)), found.best.layer
+    at_best = score_layer(rows, layer, vectors.directions[layer])
     again = make_panel(
-        ExampleRows(open_cache(cache.path)), vectors, found.best, found.permutation, groups
+        rows, vectors, found.best, found.permutation, groups, at_best, control=True
     )
     assert again.record() == found.panel.record()
 

@@ -131,10 +131,13 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A layer's record with a column for each figure, whether it has it or not."""
     columns: dict[str, Any] = {}
     for name, value in row.items():
-        first, *others = _PARTS.get(name, ("",))
-        columns[name] = value[first] if first and value is not None else value
-        for part in others:
-            columns[f"{name}_{part}"] = None if value is None else value[part]
+        if name not in _PARTS:
+            columns[name] = value
+            continue
+        first, *others = (None if value is None else value[part] for part in _PARTS[name])
+        columns[name] = first
+        for part, other in zip(_PARTS[name][1:], others, strict=True):
+            columns[f"{name}_{part}"] = other
     return columns
 
 
