@@ -339,6 +339,21 @@ def test_the_command_line_goes_all_the_way_with_several_methods(capsys, several,
         assert "lda" in out
 
 
+def test_a_folder_of_several_methods_is_compared_method_by_method(several, scored, tmp_path):
+    _, folder = several
+    probecache.validate_methods(folder, cache=scored, output=tmp_path / "v", control=False)
+    for path in (folder, tmp_path / "v"):
+        found = probecache.compare([path])
+        assert [run.path.name for run in found.runs] == sorted(METHODS)
+        assert [run.letter for run in found.runs] == list("ABCDE")
+    assert len(found.pairings) == 10  # of validations; runs have no scores to pair
+    one = probecache.compare([tmp_path / "v", tmp_path / "v" / "lda"])
+    assert [run.path.name for run in one.runs] == [*sorted(METHODS), "lda"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match="to be a validation"):
+        probecache.compare([tmp_path / "empty", folder])
+
+
 def test_damage_in_one_of_several_is_found_and_named(capsys, training, tmp_path):
     api.train_methods(["ridge", "lda"], cache=training, output=tmp_path / "r")
     (run,) = tmp_path.iterdir()

@@ -330,9 +330,7 @@ def test_a_panel_can_be_made_again_from_what_lies_there(made, tmp_path):
     groups = np.arange(60)
     rows, layer = ExampleRows(open_cache(cache.path)), found.best.layer
     at_best = score_layer(rows, layer, vectors.directions[layer])
-    again = make_panel(
-        rows, vectors, found.best, found.permutation, groups, at_best, control=True
-    )
+    again = make_panel(rows, vectors, found.best, found.permutation, groups, at_best, control=True)
     assert again.record() == found.panel.record()
 
 

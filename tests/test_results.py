@@ -15,7 +15,11 @@ from probecache.workflow import results as module
 from probecache.workflow.results import FORMAT, csv_bytes, require_output, save_results
 
 ROWS = [
-    {"layer": 3, "auroc": 0.5, "below_best": {"difference": 0.1}},
+    {
+        "layer": 3,
+        "auroc": 0.5,
+        "below_best": {"difference": 0.1, "low": 0.05, "high": 0.15, "p_value": 0.01},
+    },
     {"layer": 8, "auroc": 0.75, "below_best": None},
 ]
 SUMMARY = {"format": FORMAT, "layers": ROWS, "warnings": ['Ünicode, \u2028 and a quote "']}
@@ -47,10 +51,13 @@ def test_every_file_is_there_and_recorded_with_its_hash(tmp_path):
         assert record["sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_the_summarys_table_holds_plain_values_alone(tmp_path):
+def test_the_summarys_table_has_a_column_for_each_figure_whether_it_is_there_or_not(tmp_path):
     save(tmp_path / "v")
+    parts = ["below_best", "below_best_low", "below_best_high", "below_best_p_value"]
     with (tmp_path / "v" / "summary.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file)) == [["layer", "auroc"], ["3", "0.5"], ["8", "0.75"]]
+        header, *rows = csv.reader(file)
+    assert header == ["layer", "auroc", *parts]
+    assert rows == [["3", "0.5", "0.1", "0.05", "0.15", "0.01"], ["8", "0.75", "", "", "", ""]]
 
 
 def test_tables_are_made_one_after_the_other(tmp_path):

@@ -275,7 +275,7 @@ def compare(paths: Sequence[str | Path], *, output: str | Path | None = None) ->
     """Set validations or runs side by side; where they scored the same prompts, in pairs.
 
     Args:
-        paths: folders of `validate`, or runs of `train`; two or more.
+        paths: folders of `validate`, or runs of `train`; two or more, or one of several methods.
         output: folder for comparison.csv, comparison.json and comparison.html.
 
     Raises:

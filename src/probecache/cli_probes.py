@@ -199,7 +199,10 @@ def validate(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Two or more validations or runs: of models, methods, layers, data."),
+        typer.Argument(
+            help="Two or more validations or runs: of models, methods, layers, data; a folder of "
+            "several methods stands for each."
+        ),
     ],
     output: Annotated[
         Path | None,

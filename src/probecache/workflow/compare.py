@@ -68,8 +68,8 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
     """Read two or more folders and set them side by side.
 
     Args:
-        paths: folders of validations, of runs, or of a run's vectors; one that holds those of
-            several methods stands for each of them.
+        paths: folders of validations, of runs, or of a run's vectors; a folder of several methods
+            stands for each of them.
         output: folder for comparison.csv, .json and .html; free, or of an earlier comparison.
             None writes nothing.
 
@@ -78,16 +78,17 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
         StoreError: a folder is none of these, or malformed.
         OutputError: the output holds something else, or cannot be written.
     """
-    paths = [one for path in map(Path, paths) for one in folders_by_method(path) or (path,)]
-    if not 2 <= len(paths) <= _MOST_RUNS:
+    each = [folders_by_method(path) or (path,) for path in map(Path, paths)]
+    folders = [folder for several in each for folder in several]
+    if not 2 <= len(folders) <= _MOST_RUNS:
         raise UsageError(
-            f"expected from 2 to {_MOST_RUNS} folders to compare, got {len(paths)}; name "
+            f"expected from 2 to {_MOST_RUNS} folders to compare, got {len(folders)}; name "
             "validations, or runs, one after the other"
         )
     if output is not None:
         _require_output(Path(output))
     letters = string.ascii_uppercase
-    runs = tuple(read_compared(Path(path), letters[i]) for i, path in enumerate(paths))
+    runs = tuple(read_compared(path, letters[i]) for i, path in enumerate(folders))
     validations = [run for run in runs if run.validation is not None]
     pairings = tuple(_pairing(*pair) for pair in itertools.combinations(validations, 2))
     found = Comparison(runs, pairings, tuple(_remarks(runs, pairings)))
