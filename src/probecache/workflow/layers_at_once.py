@@ -9,7 +9,7 @@ crowds on two cores were measured to take ten times as long.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import import_module
@@ -31,8 +31,10 @@ def each_layer(
     bytes_each: int,
     libraries: Sequence[str] = (),
     stopped: Event | None = None,
-) -> Iterator[tuple[int, Future[_Result]]]:
+) -> Generator[tuple[int, Future[_Result]], None, None]:
     """Do the work of every layer; yields each with its outcome once that is there.
+
+    Close it where an outcome raises: threads end with it, and not whenever it is collected.
 
     Args:
         layers: in the order wanted.

@@ -7,6 +7,7 @@ on, or the run says why there is none.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,13 +198,14 @@ def _fit_all(
     plain = options.methods == (Method.DIFFERENCE_OF_MEANS,)
     libraries = () if plain else ("scipy.linalg",)
     each = each_layer(layers, work, _bytes_of_a_fit(rows, plain), libraries, stopped)
-    for layer, future in each:
-        try:
-            fits[layer] = future.result()
-        except NoDirectionError:
-            if not skip or len(without) + 1 == len(layers):
-                raise
-            without.append(layer)
+    with closing(each):
+        for layer, future in each:
+            try:
+                fits[layer] = future.result()
+            except NoDirectionError:
+                if not skip or len(without) + 1 == len(layers):
+                    raise
+                without.append(layer)
     return fits, without
 
 

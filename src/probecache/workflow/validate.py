@@ -8,7 +8,7 @@ artefact panel stands beside it.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,9 +216,9 @@ class _Scored:
         examples = rows.cache.examples
         positive = np.array([r.label == vectors.info.positive_class for r in examples])
         work = partial(_score, rows, vectors=vectors, positive=positive, options=options)
-        scored = each_layer(layers, work, bytes_of_scoring(rows))
         groups = group_numbers([record.group for record in examples])
-        found = {layer: future.result() for layer, future in scored}
+        with closing(each_layer(layers, work, bytes_of_scoring(rows))) as scored:
+            found = {layer: future.result() for layer, future in scored}
         return cls(rows, positive, groups, found, str(options.aggregate))
 
 
