@@ -203,15 +203,21 @@ def sparse_cache(folder, rows, width):
     size = 64 + rows * width * 4
     file = {"bytes": size, "offset": 64, "shape": [rows, width], "dtype": "float32", "sha256": HASH}
 
+    def share_out(entries):
+        for number, entry in enumerate(entries):  # classes take turns, with two examples each
+            entry["rows"] = [0, rows // 2] if number < 2 else [rows // 2, rows]
+
     def claim(manifest):
         manifest["hidden_size"] = manifest["identity"]["hidden_size"] = width
         for name in manifest["files"]:
             if name.endswith(".pt"):
                 manifest["files"][name] = file
                 os.truncate(cache.path / name, size)
+        manifest["files"]["metadata.json"]["bytes"] = (cache.path / "metadata.json").stat().st_size
         for of_class in manifest["classes"].values():
             of_class["rows"] = rows
 
+    edit(cache.path / "metadata.json", share_out)
     edit(cache.path / "layer_info.json", claim)
     return cache.path
 
