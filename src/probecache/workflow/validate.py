@@ -127,31 +127,17 @@ def validate(
     """
     output = Path(output)
     require_output(output)
-    chosen = choose_layers(vectors, layers)
-    for layer in chosen:
-        cache.require_layer(layer)
-    where = f"cache {cache.path}"
-    allowed = require_scorable(
-        vectors, cache.identity, cache.classes, where, chosen, options.allow_mismatch
-    )
-    if dataset is not None:
-        require_data(cache, dataset)
+    chosen, allowed = _require(cache, vectors, options, dataset, layers)
     scored = _Scored.of(ExampleRows(cache, options.positions), vectors, chosen, options)
-    judged = judge(
-        {layer: one.scores for layer, one in scored.layers.items()},
-        scored.is_positive,
-        scored.groups,
-        vectors.info.layers,
-        {layer: one.random for layer, one in scored.layers.items()},
-        None if (held_out := vectors.info.cross_validation) is None else held_out.best_layer,
-    )
+    judged = _judge(scored, vectors)
+    best = judged.best
     names = [record.category for record in cache.examples]
-    categories = by_category(judged.best, names, scored.groups)
-    at_best = score_layer(scored.rows, judged.best.layer, vectors.directions[judged.best.layer])
+    categories = by_category(best, names, scored.groups)
+    at_best = score_layer(scored.rows, best.layer, vectors.directions[best.layer])
     panel = make_panel(
         scored.rows,
         vectors,
-        judged.best,
+        best,
         judged.permutation,
         scored.groups,
         at_best,
@@ -164,12 +150,11 @@ def validate(
         "allowed_mismatch": allowed,
         "warnings": warnings,
     }
-    tables = _tables(scored, judged.best, at_best.tokens)
-    files = save_results(output, summary, tables, visualize=options.visualize)
+    tables = _tables(scored, best, at_best.tokens)
     return Validation(
         path=output,
         layers=judged.layers,
-        best=judged.best,
+        best=best,
         chosen_in_training=judged.chosen_in_training,
         permutation=judged.permutation,
         interval=judged.interval,
@@ -179,8 +164,28 @@ def validate(
         positive_class=vectors.info.positive_class,
         method=vectors.info.method,
         aggregate=str(options.aggregate),
-        files=files,
+        files=save_results(output, summary, tables, visualize=options.visualize),
     )
+
+
+def _require(
+    cache: Cache,
+    vectors: SavedVectors,
+    options: ValidateOptions,
+    dataset: Dataset | None,
+    layers: Sequence[int] | None,
+) -> tuple[tuple[int, ...], list[str]]:
+    """The layers to score, and the differences that were allowed; or what does not belong."""
+    chosen = choose_layers(vectors, layers)
+    for layer in chosen:
+        cache.require_layer(layer)
+    where = f"cache {cache.path}"
+    allowed = require_scorable(
+        vectors, cache.identity, cache.classes, where, chosen, options.allow_mismatch
+    )
+    if dataset is not None:
+        require_data(cache, dataset)
+    return chosen, allowed
 
 
 # ---------------------------------------------------------------- scores
@@ -241,6 +246,18 @@ def _score(
 
 
 # ---------------------------------------------------------------- judgement
+
+
+def _judge(scored: _Scored, vectors: SavedVectors) -> Judged:
+    held_out = vectors.info.cross_validation
+    return judge(
+        {layer: one.scores for layer, one in scored.layers.items()},
+        scored.is_positive,
+        scored.groups,
+        vectors.info.layers,
+        {layer: one.random for layer, one in scored.layers.items()},
+        None if held_out is None else held_out.best_layer,
+    )
 
 
 def _warnings(
