@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,25 +299,40 @@ def test_without_folds_there_is_no_estimate(cache):
     assert platt_of(fits[5], split) is None
 
 
-def test_calibration_is_the_likeliest_curve_of_held_out_scores_for_scores_of_the_saved_vector(
-    cache,
-):
+def test_calibration_is_the_likeliest_curve_of_scores_from_the_middle_of_their_fold(cache):
     split = split_of(cache)
     fit = fits_of(cache, split)[5]
     found = platt_of(fit, split)
-    scores = fit.held_out + fit.probe.threshold  # as if by the saved vector
+    middles = []
+    for fold in range(split.folds.max() + 1):
+        here = split.folds == fold
+        sides = [
+            fit.held_out[here & side].mean() for side in (split.is_positive, ~split.is_positive)
+        ]
+        middles.append(np.mean(sides))
+    scores = fit.held_out - np.array(middles)[split.folds]
     # Platt's targets keep probabilities off 0 and 1.
     n, p = (~split.is_positive).sum(), split.is_positive.sum()
     targets = np.where(split.is_positive, (p + 1) / (p + 2), 1 / (n + 2))
+    offset = found.intercept + found.slope * (fit.probe.threshold + np.median(middles))
 
     def loss(slope, intercept):
         chance = expit(slope * scores + intercept)
         return -np.mean(targets * np.log(chance) + (1 - targets) * np.log(1 - chance))
 
-    here = loss(found.slope, found.intercept)
+    here = loss(found.slope, offset)
     for slope, intercept in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3), (1e-3, -1e-3)):
-        assert loss(found.slope + slope, found.intercept + intercept) > here
-    assert log_loss(split.is_positive, expit(found.slope * scores + found.intercept)) < np.log(2)
+        assert loss(found.slope + slope, offset + intercept) > here
+    assert log_loss(split.is_positive, expit(found.slope * scores + offset)) < np.log(2)
+
+
+def test_thresholds_that_lie_apart_between_folds_do_not_turn_the_calibration_round(cache):
+    split = split_of(cache)
+    fit = fits_of(cache, split)[5]
+    apart = replace(fit, held_out=fit.held_out + 1e3 * (-1.0) ** split.folds)
+    assert platt_of(apart, split).slope == pytest.approx(platt_of(fit, split).slope, rel=1e-6)
+    reversed_ = replace(fit, held_out=-fit.held_out)
+    assert platt_of(reversed_, split).slope == 0
 
 
 # ---------------------------------------------------------------- as `train` records it

@@ -124,4 +124,11 @@ def places_of(output: Path, methods: Sequence[str]) -> dict[str, Path]:
             f"expected --output {output} to be free for the folders {', '.join(methods)}, but the "
             "validation of one method is there; choose another folder"
         )
+    others = sorted({one.name for one in output.iterdir()} - {*methods}) if output.is_dir() else []
+    if others:
+        raise OutputError(
+            f"expected --output {output} to be free or to hold validations of {', '.join(methods)} "
+            f"alone, got {', '.join(others[:5])} there too, which would be taken for this run's; "
+            "choose another folder"
+        )
     return {method: output / method for method in methods}

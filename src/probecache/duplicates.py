@@ -4,7 +4,8 @@ Two texts are near-duplicates where their words, each as often as it stands ther
 have a Jaccard similarity of 0.8 or more. Case, punctuation and white space do not count, and all
 numbers are one word. So two prompts that differ in a number, or in a name among ten words, are
 near-duplicates: a probe that learnt one knows the other. Two that share a template are not: words
-that a fifth of the data has in common are its template, and what is left must be similar as well.
+that more than half of the data has in common are its template, and what is left must be similar as
+well.
 
 Guarantees: deterministic, whatever the order of the texts; NumPy alone; bounded time. Does not
 find rephrasings, and joins what a chain of similar texts joins. Where more than WINDOW texts share
@@ -37,7 +38,8 @@ _WORD = re.compile(rf"\d+(?:[.,:]\d+)*|[{_UNSPACED}]|[^\W\d_{_UNSPACED}]+")
 _NUMBER = "0"
 # Of a longer text, as many words from either end: instructions stand in front, contents behind.
 _MOST_WORDS_AT_AN_END = 400
-_TEMPLATE_SHARE, _FEWEST_IN_TEMPLATE = 0.2, 12
+_TEMPLATE_SHARE, _FEWEST_IN_TEMPLATE = 0.5, 12
+_NUMBERED_SHARE = 0.2
 _FEWEST_NUMBERED = 4  # texts that differ in their numbers alone, before these are their content
 WINDOW = 60
 # What is spent at most: some seconds for either, reached only where thousands of texts share much.
@@ -103,7 +105,7 @@ def _bags(texts: Sequence[str]) -> list[tuple[str, ...]]:
     exact = [_words(text, "") for text in texts]
     loose = [_words(text, _NUMBER) for text in texts]
     kinds = Counter(of_loose for of_loose, _ in dict.fromkeys(zip(loose, exact, strict=True)))
-    limit = max(_FEWEST_NUMBERED, _TEMPLATE_SHARE * len(set(exact)))
+    limit = max(_FEWEST_NUMBERED, _NUMBERED_SHARE * len(set(exact)))
     pairs = zip(loose, exact, strict=True)
     return [one if kinds[one] <= limit else numbered for one, numbered in pairs]
 

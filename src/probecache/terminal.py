@@ -176,6 +176,8 @@ def print_vectors(vectors: SavedVectors) -> None:
         _print_cross_validation(validated)
     elif info.not_cross_validated:
         _say(f"Note: no held-out estimates: {info.not_cross_validated}")
+    for note in info.notes:
+        _say(f"Note: {note}")
     if info.layers_without_direction:
         without = format_layers(info.layers_without_direction)
         _say(f"Note: left out layer {without}, where both classes have the same mean")
@@ -188,7 +190,7 @@ def _print_cross_validation(validated: CrossValidationRecord) -> None:
         f". With the layer chosen anew in each fold: AUROC {nested.auroc:.3f} [{nested.low:.3f}, "
         f"{nested.high:.3f}]"
         if nested
-        else ""
+        else "; with so many or so few folds the layer is not chosen anew in each"
     )
     _say(
         f"Held out in {validated.folds} folds of {validated.groups} groups; best layer "
@@ -281,9 +283,11 @@ def _print_best(result: Validation) -> None:
         percent = round(100 * rate)
         if found is None:
             needed = negatives_needed(rate)
+            groups = result.groups_by_class[1]
+            within = f" in {groups} groups" if groups < best.auroc.n_negative else ""
             _say(
-                f"TPR at {percent}% FPR: not said of {best.auroc.n_negative} negatives; it takes "
-                f"{needed}"
+                f"TPR at {percent}% FPR: not said of {best.auroc.n_negative} negatives{within}; it "
+                f"takes {needed}"
             )
         else:
             _say(
@@ -344,7 +348,8 @@ def _print_panel(result: Validation) -> None:
     if panel.pairs is not None:
         facts.append(f"pair differences agree by {panel.pairs.cosine:.2f} (mean cosine)")
     if panel.first_token_share is not None:
-        facts.append(f"the first token accounts for {panel.first_token_share:.0%} of the scores")
+        share = round(panel.first_token_share, 2) + 0.0  # no minus before a zero
+        facts.append(f"the first token accounts for {share:.0%} of the scores' variance")
     words = {True: "rendered alike", False: "not rendered alike: ", None: "rendering not recorded"}
     _say(f"  {'; '.join(facts)}; {words[panel.alike]}{', '.join(panel.differences)}")
 

@@ -58,13 +58,16 @@ def estimated_baseline(name: str, title: str, estimate: AurocEstimate | None, ho
 
 
 def length_baseline(
-    lengths: ArrayLike, is_positive: Sequence[bool], unit: str = "tokens"
+    lengths: ArrayLike,
+    is_positive: Sequence[bool],
+    groups: Sequence[int] | None = None,
+    unit: str = "tokens",
 ) -> Baseline:
     """`length_auroc` of [n] lengths in a unit."""
     return _attempt(
         "length",
         "Prompt length",
-        lambda: length_auroc(lengths, is_positive),
+        lambda: length_auroc(lengths, is_positive, groups),
         f"Number of {unit} as the score, longer or shorter whichever does better.",
     )
 

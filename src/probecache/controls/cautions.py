@@ -178,21 +178,27 @@ def permutation_caution(p_value: float, layers: int) -> str | None:
     )
 
 
-def first_token_caution(share: float | None, mean_tokens: float) -> str | None:
+def first_token_caution(share: float | None, counts: ArrayLike) -> str | None:
     """Whether the first kept token decides the scores.
+
+    Tokens that are all alike and independent share the variance of their means over k tokens
+    evenly: the first one accounts for E[1/k^2] / E[1/k] of it, 1/k where all k are equal.
 
     Args:
         share: `first_token_share`.
-        mean_tokens: kept tokens of an example, on average. With fewer than 4 a first token may
-            well account for most of the variance, and nothing is said.
+        counts: [n] kept tokens of each example. With fewer than 4 on average a first token may well
+            account for most of the variance, and nothing is said.
     """
-    limit = max(_LEAST_TOKEN_SHARE, _TIMES_EVEN_SHARE / max(mean_tokens, 1))
-    if share is None or mean_tokens < 4 or share <= limit:
+    tokens = np.asarray(counts, dtype=np.float64)
+    if share is None or tokens.mean() < 4:
+        return None
+    even = float((tokens**-2).mean() / (1 / tokens).mean())
+    if share <= max(_LEAST_TOKEN_SHARE, _TIMES_EVEN_SHARE * even):
         return None
     return (
         f"The first kept token drives the scores: {min(share, 1):.0%} of their variance between "
-        f"prompts, where an even share would be {1 / mean_tokens:.0%}. If it is BOS or a token of "
-        "the template, the mean tells little but how long a prompt is: extract again without it."
+        f"prompts, where an even share would be {even:.0%}. If it is BOS or a token of the "
+        "template, the mean tells little but how long a prompt is: extract again without it."
     )
 
 
@@ -249,11 +255,16 @@ def pairs_caution(agreement: PairAgreement | None) -> str | None:
 
 
 def few_examples_caution(n_positive: int, n_negative: int) -> str | None:
-    """Whether a class is too small for its interval and its thresholds to be trusted."""
+    """Whether a class is too small for its interval and its thresholds to be trusted.
+
+    Args:
+        n_positive, n_negative: examples of each class; where they are grouped, groups.
+    """
     if min(n_positive, n_negative) >= _FEWEST:
         return None
     name = "negative" if n_negative <= n_positive else "positive"
     return (
-        f"Only {min(n_positive, n_negative)} {name} examples: intervals are rough below {_FEWEST}, "
-        "and rates at a few false alarms cannot be told. Score more prompts of that class."
+        f"Only {min(n_positive, n_negative)} {name} examples: intervals are rough "
+        f"below {_FEWEST}, and rates at a few false alarms cannot be told. Score more prompts of "
+        "that class."
     )

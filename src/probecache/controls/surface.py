@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from probecache.errors import ShapeError
 from probecache.folds import assign_folds, group_numbers
-from probecache.metrics import AurocEstimate, auroc, auroc_within_folds
+from probecache.metrics import AurocEstimate, auroc, auroc_within_folds, grouped_interval
 
 __all__ = ["answer_letter_auroc", "answer_letters", "folded", "length_auroc"]
 
@@ -48,7 +48,9 @@ def folded(estimate: AurocEstimate) -> AurocEstimate:
     return replace(estimate, auroc=area, low=max(low, 0.5), high=max(high, 1 - low))
 
 
-def length_auroc(lengths: ArrayLike, is_positive: ArrayLike) -> AurocEstimate:
+def length_auroc(
+    lengths: ArrayLike, is_positive: ArrayLike, groups: ArrayLike | None = None
+) -> AurocEstimate:
     """What the length of the prompts alone gives: the AUROC of "longer", or of "shorter".
 
     Whichever of the two parts the classes better is taken (`folded`, which is optimistic), because
@@ -57,11 +59,15 @@ def length_auroc(lengths: ArrayLike, is_positive: ArrayLike) -> AurocEstimate:
     Args:
         lengths: [n] numbers of tokens, words or characters.
         is_positive: [n] booleans.
+        groups: [n], what was sampled together; without, all prompts are independent.
 
     Raises:
         ShapeError, EmptyClassError, FitError: as `probecache.metrics.auroc`.
     """
-    return folded(auroc(lengths, is_positive))
+    if groups is None or len(np.unique(groups)) == len(np.asarray(groups)):
+        return folded(auroc(lengths, is_positive))
+    values = np.asarray(lengths, dtype=np.float64)[None]
+    return folded(grouped_interval(values, is_positive, groups)[0])
 
 
 def answer_letters(texts: Sequence[str]) -> list[str | None]:

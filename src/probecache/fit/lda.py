@@ -25,9 +25,13 @@ def fit_lda(problem: Problem, left_out: FoldSet, shrinkage: float | None) -> Dua
     """Shrinkage LDA; `shrinkage` None is Ledoit and Wolf's."""
     kept = problem.kept(left_out)
     signs = problem.signs[kept]
-    within = within_classes(problem.kept_gram(left_out), signs)
+    gram = problem.kept_gram(left_out)
+    within = within_classes(gram, signs)
     g = ledoit_wolf(within, problem.hidden_size) if shrinkage is None else shrinkage
     spread = float(np.trace(within)) / problem.hidden_size  # n times the mean variance
+    rounding = len(signs) * np.finfo(np.float64).eps * float(np.trace(gram))
+    if spread * problem.hidden_size <= rounding:  # of classes whose rows are alike, of either sign
+        spread = 0.0
     if g < 1 and spread > 0:
         coefficients = problem.ridge_coefficients(left_out, g / (1 - g) * spread)
         coefficients = _whitened(problem, left_out, coefficients, 1 - g)

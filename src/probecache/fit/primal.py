@@ -210,7 +210,9 @@ class _Problem:
         """Ridge at alpha = n g / (1 - g) tr(S) / d, S the within-class covariance."""
         shrinkage = self._shrinkage()
         trace = (self.sets.within / self.penalty).mean(axis=1)
-        trace[trace == 0] = 1  # classes without any spread: whatever the length
+        rounding = self.sets.sizes * np.finfo(np.float64).eps
+        flat = trace <= rounding * (self.sets.spreads / self.penalty).mean(axis=1)
+        trace[flat], shrinkage[flat] = 1, 1  # classes without any spread: whatever the length
         weights = self._apart / self.penalty.T / trace
         some = np.flatnonzero(shrinkage < 1)
         share = shrinkage[some]

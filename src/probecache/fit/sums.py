@@ -110,8 +110,10 @@ class FoldSums:
         kept = ~np.isin(np.arange(self.n_folds), left_out)
         count, total = self.counts[kept].sum(), self.sums[kept].sum(axis=(0, 1))
         mean, rounding = total / count, np.finfo(np.float64).eps * count
-        variance = self.squares[kept].sum(axis=0) / count - (mean - self.mean) ** 2
-        constant = variance <= rounding * np.abs(variance) + (rounding * mean) ** 2
+        second = self.squares[kept].sum(axis=0) / count
+        variance = second - (mean - self.mean) ** 2
+        # What is left of two equal terms is their rounding, not its own.
+        constant = variance <= rounding * second + (rounding * mean) ** 2
         return np.sqrt(np.where(constant, 1.0, variance))
 
     def class_means(self, left_out: FoldSet = ()) -> tuple[Floats, Floats]:

@@ -124,6 +124,8 @@ def _vectors(record: dict[str, Any], path: Path, letter: str) -> ComparedRun:
     layers = {_layer(name): _figures(row) for name, row in sorted(record["layers"].items())}
     chosen = record.get("cross_validation") or {}
     best_layer = optional(chosen.get("best_layer"), count)
+    if best_layer is not None and best_layer not in layers:
+        raise ValueError("expected cross_validation to name one of the layers as the best")
     model = optional(record["identity"].get("model"), text)
     nested = optional(chosen.get("nested"), lambda one: interval(one, "auroc"))
     return ComparedRun(
@@ -138,7 +140,7 @@ def _vectors(record: dict[str, Any], path: Path, letter: str) -> ComparedRun:
             "aggregate": "",
         },
         best_layer=best_layer,
-        best=layers[best_layer].cross_validated if best_layer in layers else None,
+        best=None if best_layer is None else layers[best_layer].cross_validated,
         p_value=None,
         nested=nested,
         best_baseline=None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_intact",
     "record_files",
     "seal_json",
+    "strangers_among",
 ]
 
 NO_SEAL = "0" * 64
@@ -68,6 +70,13 @@ def folders_by_method(path: Path) -> tuple[Path, ...]:
     return tuple(
         child for child in sorted(path.iterdir()) if any((child / n).is_file() for n in held)
     )
+
+
+def strangers_among(path: Path, found: Sequence[Path]) -> list[str]:
+    """What lies in a folder of several methods besides their folders, by name."""
+    if tuple(found) == (path,) or not found:
+        return []
+    return sorted({child.name for child in path.iterdir()} - {one.name for one in found})
 
 
 def is_intact(document: bytes) -> bool:

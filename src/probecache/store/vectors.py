@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from probecache.atomic import (
     disk_errors_named,
@@ -35,7 +35,7 @@ from probecache.atomic import (
 from probecache.errors import StoreError
 from probecache.store.layout import ONLY_CONVENTION
 from probecache.store.reader import WIDEST, read_manifest
-from probecache.store.seal import NO_SEAL, folders_by_method, seal_json
+from probecache.store.seal import NO_SEAL, folders_by_method, seal_json, strangers_among
 from probecache.store.tensorfile import FileRecord, data_offset, encode_vector, map_raw
 from probecache.types import LAYER_CONVENTION, Identity
 
@@ -159,7 +159,16 @@ class VectorsInfo(BaseModel):
     source_cache_sha256: str
     allowed_mismatch: list[str] = Field(default_factory=list)
     identity: Identity
+    notes: list[str] = Field(default_factory=list)
     manifest_sha256: str = NO_SEAL
+
+    @model_validator(mode="after")
+    def _layers_agree(self) -> VectorsInfo:
+        held_out = self.cross_validation
+        named = () if held_out is None else (held_out.best_layer, *held_out.layer_by_fold)
+        if not set(named) <= self.layers.keys():
+            raise ValueError("cross_validation names a layer that there is no vector of")
+        return self
 
 
 @dataclass(frozen=True)
@@ -297,9 +306,21 @@ def save_run(output: str | Path, runs: Mapping[str, TrainedRun]) -> dict[str, Pa
 
 
 def runs_in(path: str | Path) -> tuple[Path, ...]:
-    """The runs, or folders of vectors, that a path stands for: itself, or one per method."""
-    found = folders_by_method(Path(path))
-    return tuple(one for one in found if any((one / n).is_file() for n in (_MANIFEST, _RUN)))
+    """The runs, or folders of vectors, that a path stands for: itself, or one per method.
+
+    Raises:
+        StoreError: a folder of several methods holds something else, such as a run without its
+            manifest.
+    """
+    path = Path(path)
+    found = folders_by_method(path)
+    runs = tuple(one for one in found if any((one / n).is_file() for n in (_MANIFEST, _RUN)))
+    if runs and (strangers := strangers_among(path, runs)):
+        raise StoreError(
+            f"expected runs alone in {path}, got {', '.join(strangers[:5])} beside "
+            f"{', '.join(run.name for run in runs)}; probecache verify {path} says what is damaged"
+        )
+    return runs
 
 
 def _contents(run: TrainedRun) -> dict[str, bytes]:

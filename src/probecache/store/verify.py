@@ -36,7 +36,7 @@ from probecache.store.layout import (
 )
 from probecache.store.place import TEMPORARY
 from probecache.store.reader import Cache, read_manifest
-from probecache.store.seal import SEALED, folders_by_method, is_intact
+from probecache.store.seal import SEALED, folders_by_method, is_intact, strangers_among
 from probecache.store.tensorfile import FileRecord, data_offset
 from probecache.types import Dtype
 
@@ -95,11 +95,12 @@ def verify(path: str | Path) -> Report:
     path = Path(path)
     if (path / LAYER_INFO).is_file():
         return _verify_cache(path)
-    found = [_verify_one(folder) for folder in folders_by_method(path)]
+    folders = folders_by_method(path)
+    found = [_verify_one(folder) for folder in folders]
     if len(found) == 1 and found[0].path == path:
         return found[0]
     if found:
-        return _together(path, found)
+        return _together(path, found, strangers_among(path, folders))
     if find_unfinished(path) is not None:
         raise StoreError(
             f"expected a finished cache at {path}, got one whose extraction has not finished; "
@@ -115,7 +116,7 @@ def _verify_one(path: Path) -> Report:
     return _verify_sealed(path, next(name for name in SEALED if (path / name).is_file()))
 
 
-def _together(path: Path, reports: list[Report]) -> Report:
+def _together(path: Path, reports: list[Report], strangers: list[str]) -> Report:
     """One report on the runs or validations of several methods that lie in one folder."""
     whole = Report(path, " and ".join(sorted({f"{report.kind}s" for report in reports})))
     for report in reports:
@@ -124,6 +125,8 @@ def _together(path: Path, reports: list[Report]) -> Report:
         place = report.path.name
         whole.damages += [replace(one, file=f"{place}/{one.file}") for one in report.damages]
         whole.notes += [f"{place}: {note}" for note in report.notes]
+    what = "neither a run nor a validation, and not recorded"
+    whole.damages += [Damage(name, what) for name in strangers]
     return whole
 
 

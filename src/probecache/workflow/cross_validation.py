@@ -162,10 +162,20 @@ def platt_of(fit: MethodFit, split: Split) -> PlattRecord | None:
     """Calibration of unit-norm scores by held-out ones."""
     if split.folds is None or fit.held_out is None:
         return None
-    platt = fit_platt(fit.held_out, split.is_positive)
-    # Held-out scores count from their own probe's threshold, a score does not.
-    intercept = platt.intercept - platt.slope * fit.probe.threshold
-    return PlattRecord(slope=platt.slope, intercept=intercept)
+    # Each fold's scores count from its own probe's threshold, and such thresholds may lie far
+    # apart: scores are compared within folds, from the middle between their classes.
+    middles = np.array([_middle(fit.held_out, split, f) for f in range(int(split.folds.max()) + 1)])
+    platt = fit_platt(fit.held_out - middles[split.folds], split.is_positive)
+    # Below 0 a higher score would mean the other class, which no vector's score does.
+    slope = max(platt.slope, 0.0)
+    middle = fit.probe.threshold + float(np.median(middles))
+    return PlattRecord(slope=slope, intercept=platt.intercept - slope * middle)
+
+
+def _middle(scores: NDArray[np.float64], split: Split, fold: int) -> float:
+    here = split.folds == fold
+    means = [scores[here & side].mean() for side in (split.is_positive, ~split.is_positive)]
+    return float(sum(means)) / 2
 
 
 def _inner_auroc(fit: MethodFit, split: Split, fold: int) -> float:

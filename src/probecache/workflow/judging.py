@@ -101,7 +101,7 @@ class Judged:
     chosen_in_training: LayerResult | None
     permutation: PermutationTest
     interval: str
-    clustered: bool
+    groups_by_class: tuple[int, int]
 
 
 def judge(
@@ -157,7 +157,8 @@ def judge(
     )
     interval = f"bootstrap over {clusters} groups" if clustered else "DeLong"
     fixed = next((result for result in results if result.layer == chosen), None)
-    return Judged(results, results[best], fixed, test, interval, clustered)
+    independent = tuple(len(np.unique(groups[side])) for side in (positive, ~positive))
+    return Judged(results, results[best], fixed, test, interval, (independent[0], independent[1]))
 
 
 def _areas(matrix: Floats, positive: Bools, groups: NDArray[np.intp]) -> list[AurocEstimate]:
@@ -185,8 +186,9 @@ def _turned(one: AurocDifference) -> AurocDifference:
 def _tpr(
     scores: Floats, positive: Bools, rate: float, groups: NDArray[np.intp] | None, count: int
 ) -> TprEstimate | None:
-    """None where there are too few negatives to say."""
-    if (~positive).sum() < negatives_needed(rate):
+    """None where there are too few negatives to say; of a group, one counts."""
+    negatives = int((~positive).sum()) if groups is None else len(np.unique(groups[~positive]))
+    if negatives < negatives_needed(rate):
         return None
     return tpr_at_fpr(scores, positive, rate, groups=groups, count=count)
 

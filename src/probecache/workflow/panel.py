@@ -132,6 +132,7 @@ def make_panel(
     at_best: ScoredLayer,
     *,
     control: bool,
+    quoted: LayerResult | None = None,
 ) -> Panel:
     """Hold the best layer's result against everything else that could give it.
 
@@ -143,6 +144,7 @@ def make_panel(
         groups: [examples], what the data say belongs together.
         at_best: the best layer's token scores and mean rows.
         control: whether random directions were asked for.
+        quoted: the layer that training chose, which is what a reader should quote.
     """
     examples, positive = rows.cache.examples, best.is_positive
     training, same = _training_examples(vectors), _same_data(rows, vectors)
@@ -171,12 +173,35 @@ def make_panel(
         alike=not differences if differences or _rendering_told(rows, vectors) else None,
         differences=differences,
         warnings=(
-            *baseline_cautions(baselines, best.auroc.auroc),
-            *_told(first_token_caution(first, float(rows.counts.mean()))),
+            *_explanations(baselines, best, quoted),
+            *_told(first_token_caution(first, rows.counts)),
             *_told(pairs_caution(pairs)),
             *_copies(examples, training, groups, same=same),
         ),
     )
+
+
+def _explanations(
+    baselines: Sequence[Baseline], best: LayerResult, quoted: LayerResult | None
+) -> list[str]:
+    """What baselines have to say on the best layer, or on the one to be quoted, if that is lower.
+
+    Random directions are those of the best layer.
+    """
+    at_best = baseline_cautions(baselines, best.auroc.auroc)
+    if quoted is None or quoted.auroc.auroc >= best.auroc.auroc:
+        return at_best
+    of_texts = [one for one in baselines if one.name != "random-directions"]
+    area = quoted.auroc.auroc
+    found = [
+        f"Layer {quoted.layer}, which training chose: {words}"
+        for one in of_texts
+        if baseline_cautions([one], best.auroc.auroc) != (told := baseline_cautions([one], area))
+        and one.high is not None
+        and one.high >= area
+        for words in told
+    ]
+    return [*at_best, *found]
 
 
 def _told(caution: str | None) -> tuple[str, ...]:
@@ -194,7 +219,7 @@ def _text_baselines(
     # An imported cache does not record how many tokens the model was fed.
     lengths = tokens if all(tokens) else list(map(len, texts))
     return (
-        length_baseline(lengths, labels, "tokens" if all(tokens) else "characters"),
+        length_baseline(lengths, labels, members, "tokens" if all(tokens) else "characters"),
         answer_letter_baseline(texts, labels, members),
         words_baseline(texts, labels, members),
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probecache.atomic import require_place, sha256_of_file
-from probecache.controls import pair_cosine
+from probecache.controls import answer_letter_baseline, length_baseline, pair_cosine
 from probecache.errors import (
     EmptyClassError,
     FitError,
@@ -41,6 +41,7 @@ from probecache.workflow.cross_validation import (
     nested_estimate,
     platt_of,
     split_examples,
+    texts_of,
 )
 from probecache.workflow.layers_at_once import each_layer
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainOptions", "require_class", "train"]
 
+_GIVEN_AWAY = 0.75  # of a baseline's AUROC, at its lower end
 _CHUNK = 2 << 20  # numbers of a chunk of rows
 
 
@@ -120,6 +122,7 @@ def train(
     split = _split(cache, options)
     fits, without = _fit_all(rows, chosen, split, options, skip=layers is None)
     about = _about(rows, options, source or str(cache.path), without)
+    about["notes"] = _notes(cache, split)
     runs = {method: _run(fits, split, about, method) for method in options.methods}
     saved = save_run(output, {str(method): run for method, run in runs.items()})
     return {method: load_vectors(saved[method] / "normalized_vectors") for method in runs}
@@ -137,6 +140,29 @@ def require_class(positive_class: str, classes: Collection[str], where: str) -> 
 def _split(cache: Cache, options: TrainOptions) -> Split:
     labels = [record.label == options.positive_class for record in cache.examples]
     return split_examples(cache.examples, np.array(labels, dtype=np.bool_), options.folds)
+
+
+def _notes(cache: Cache, split: Split) -> list[str]:
+    """What of the training texts alone gives the classes away, beyond their words.
+
+    Pairs share their question, so words that differ are their answers; a letter or a length that
+    goes with the class is what a direction fitted on answers may stand for.
+    """
+    if split.folds is None or not any(record.question for record in cache.examples):
+        return []
+    texts, labels = texts_of(cache.examples), split.is_positive.tolist()
+    groups = split.groups.tolist()
+    baselines = (
+        length_baseline([len(text) for text in texts], labels, groups, "characters"),
+        answer_letter_baseline(texts, labels, groups),
+    )
+    return [
+        f"The training texts give the class away: {one.title.lower()} alone has AUROC "
+        f"{one.auroc:.3f} [{one.low:.3f}, {one.high:.3f}]. What is fitted may stand for that: "
+        "balance it between the classes."
+        for one in baselines
+        if one.auroc is not None and one.low is not None and one.low > _GIVEN_AWAY
+    ]
 
 
 def _about(

@@ -91,6 +91,7 @@ class Validation:
     chosen_in_training: LayerResult | None
     permutation: PermutationTest
     interval: str
+    groups_by_class: tuple[int, int]
     categories: tuple[Category, ...]
     panel: Panel
     warnings: tuple[str, ...]
@@ -142,6 +143,7 @@ def validate(
         scored.groups,
         at_best,
         control=options.control_count > 0,
+        quoted=judged.chosen_in_training,
     )
     warnings = _warnings(judged, panel, vectors, scored.rows, allowed)
     summary = {
@@ -158,6 +160,7 @@ def validate(
         chosen_in_training=judged.chosen_in_training,
         permutation=judged.permutation,
         interval=judged.interval,
+        groups_by_class=judged.groups_by_class,
         categories=categories,
         panel=panel,
         warnings=tuple(warnings),
@@ -266,7 +269,8 @@ def _warnings(
     """Plain words on what a reader of the table could miss."""
     best, areas = judged.best, {result.layer: result.auroc for result in judged.layers}
     found = [f"Scored across a difference in {one}." for one in allowed]
-    if rows.cache.identity.data == vectors.info.identity.data:
+    same = rows.cache.identity.data == vectors.info.identity.data
+    if same:
         found.append(
             "These are the very prompts that the vectors were trained on: the AUROC says how well "
             "they were learnt, not how well it carries over. Score other prompts."
@@ -278,7 +282,7 @@ def _warnings(
         turned,
         chance_caution(best.layer, best.auroc),
         permutation_caution(judged.permutation.p_value, len(areas)) if chance else None,
-        few_examples_caution(best.auroc.n_positive, best.auroc.n_negative),
+        few_examples_caution(*judged.groups_by_class),
         *panel.warnings,
     )
     found += [one for one in cautions if one is not None]
@@ -290,17 +294,17 @@ def _warnings(
             f"Nearly all scores lie on one side of the threshold fixed in training{why}: read the "
             f"AUROC, not the accuracy, at layer {format_layers(one_sided)}."
         )
-    if len(areas) > 1:
+    fixed = judged.chosen_in_training
+    if len(areas) > 1 and (fixed is None or fixed is not best):
         found.append(
             f"Layer {best.layer} was chosen as the best of {len(areas)} on these very prompts, "
-            f"so its AUROC is optimistic: {_instead(judged)}"
+            f"so its AUROC is optimistic: {_instead(None if same else fixed)}"
         )
     return found
 
 
-def _instead(judged: Judged) -> str:
+def _instead(fixed: LayerResult | None) -> str:
     """What to quote in place of a layer that was chosen on the prompts that it is quoted for."""
-    fixed = judged.chosen_in_training
     if fixed is None:
         return "score prompts that played no part in the choice before quoting it."
     area = fixed.auroc
