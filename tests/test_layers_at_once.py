@@ -150,7 +150,7 @@ def test_work_that_takes_long_is_told_that_nobody_waits_for_it():
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(each_layer([0, 1, 2, 3, 4], work, 1, stopped))
+        list(each_layer([0, 1, 2, 3, 4], work, 1, stopped=stopped))
     assert time.monotonic() - start < 5
     assert ended == [True] * 3
 

@@ -13,7 +13,7 @@ from synthetic import labelled, rows_of, train, validate, write_cache
 import probecache
 from probecache.store.rows import ExampleRows
 from probecache.workflow import token_scores as module
-from probecache.workflow.scoring import score_tokens
+from probecache.workflow.scoring import score_layer
 from probecache.workflow.token_scores import token_scores_json
 
 MODEL = str(Path(__file__).parents[1] / "models" / "tiny-llama")
@@ -59,9 +59,10 @@ def direction(cache):
 
 
 def told(rows, direction, scores=None):
+    tokens = score_layer(rows, LAYER, direction).tokens
     if scores is None:
-        scores = score_tokens(rows, LAYER, direction).statistics()["mean_score"]
-    return json.loads(token_scores_json(rows, LAYER, direction, scores)), scores
+        scores = tokens.statistics()["mean_score"]
+    return json.loads(token_scores_json(rows, LAYER, tokens, scores)), scores
 
 
 def example_named(cache, name):
@@ -159,7 +160,8 @@ def test_rows_that_are_no_tokens_or_not_told_give_no_file(tmp_path, cache, direc
             tmp_path / "c", labels, {LAYER: planted}, tokens=[2] * 4, positions="all"
         )
         rows = ExampleRows(where)
-    assert token_scores_json(rows, LAYER, direction, np.zeros(len(rows.counts))) is None
+    tokens = score_layer(rows, LAYER, direction).tokens
+    assert token_scores_json(rows, LAYER, tokens, np.zeros(len(rows.counts))) is None
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "last", "top-2"])
