@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ def test_the_difference_on_the_same_prompts_is_delongs(pair):
     assert found.difference.difference == pytest.approx(gap, abs=1e-12)
     assert found.difference.difference == pytest.approx(areas[0] - areas[1], abs=1e-12)
     assert found.difference.p_value == pytest.approx(2 * norm.sf(abs(gap) / error), abs=1e-9)
+
+
+def test_the_layers_that_training_chose_are_compared_where_both_are_known(pair, tmp_path):
+    folders = []
+    for folder in pair:
+        copied = shutil.copytree(folder, tmp_path / folder.name)
+        summary = json.loads((copied / "summary.json").read_text())
+        layers = [row["layer"] for row in summary["layers"]]
+        chosen = next(layer for layer in layers if layer != summary["best_layer"])
+        (copied / "summary.json").write_text(json.dumps(summary | {"chosen_in_training": chosen}))
+        folders.append((copied, chosen))
+    found = compare([folder for folder, _ in folders])
+    (first, positive), (second, _) = (scores_of(*one) for one in folders)
+    gap, _ = delong_by_brute_force(first, second, positive)
+    assert found.pairings[0].difference.difference == pytest.approx(gap, abs=1e-12)
+    named = f"A {folders[0][1]}, B {folders[1][1]}"
+    assert any(f"the layers that training chose ({named})" in one for one in found.remarks)
+    one_known = compare([folders[0][0], pair[1]])
+    assert any("chosen on these very prompts" in one for one in one_known.remarks)
 
 
 def test_prompts_in_another_order_are_still_the_same_prompts(pair, tmp_path):

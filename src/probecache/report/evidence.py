@@ -154,6 +154,7 @@ class Evidence:
     aggregate: str
     interval_method: str | None
     best_of_all: BestOfAll | None
+    chosen_in_training: int | None
     training: Training | None
     layers: dict[int, LayerEvidence]
     categories: tuple[Category, ...]
@@ -172,6 +173,7 @@ def read_evidence(summary: dict[str, Any], layers: Iterable[int]) -> Evidence:
         aggregate=optional(summary.get("aggregate"), text) or "mean",
         interval_method=optional(summary.get("interval"), text),
         best_of_all=optional(summary.get("best_of_all"), _best_of_all),
+        chosen_in_training=optional(summary.get("chosen_in_training"), count),
         training=optional(summary.get("training"), _training),
         layers={layer: layer_evidence(rows[layer]) for layer in layers},
         categories=listed(summary.get("categories"), _category),

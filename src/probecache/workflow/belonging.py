@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from probecache.store.vectors import SavedVectors
     from probecache.types import Identity
 
-__all__ = ["choose_layers", "require_data", "require_scorable"]
+__all__ = ["choose_layers", "require_data", "require_scorable", "trained_on"]
 
 
 def choose_layers(vectors: SavedVectors, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -71,6 +71,11 @@ def require_scorable(
             f"got the classes {', '.join(classes)}; label the data alike"
         )
     return differences
+
+
+def trained_on(vectors: SavedVectors, cache: Cache) -> bool:
+    """Whether these are the very prompts that the vectors were trained on."""
+    return cache.identity.data == vectors.info.identity.data
 
 
 def require_data(cache: Cache, dataset: Dataset) -> None:

@@ -90,8 +90,11 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
     letters = string.ascii_uppercase
     runs = tuple(read_compared(path, letters[i]) for i, path in enumerate(folders))
     validations = [run for run in runs if run.validation is not None]
-    pairings = tuple(_pairing(*pair) for pair in itertools.combinations(validations, 2))
-    found = Comparison(runs, pairings, tuple(_remarks(runs, pairings)))
+    fixed = all(_chosen_in_training(run) is not None for run in validations)
+    pairings = tuple(
+        _pairing(*pair, fixed=fixed) for pair in itertools.combinations(validations, 2)
+    )
+    found = Comparison(runs, pairings, tuple(_remarks(runs, pairings, fixed=fixed)))
     if output is None:
         return found
     files = _write(found, Path(output))
@@ -101,7 +104,15 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
 # ---------------------------------------------------------------- pairs
 
 
-def _pairing(first: ComparedRun, second: ComparedRun) -> Pairing:
+def _chosen_in_training(run: ComparedRun) -> int | None:
+    """The layer that training chose, where it was scored."""
+    assert run.validation is not None
+    layer = run.validation.evidence.chosen_in_training
+    return layer if layer in run.validation.results else None
+
+
+def _pairing(first: ComparedRun, second: ComparedRun, *, fixed: bool) -> Pairing:
+    """Two validations' difference, at the layers that training chose if `fixed`, or their best."""
     one, other = first.validation, second.validation
     assert one is not None
     assert other is not None
@@ -111,7 +122,10 @@ def _pairing(first: ComparedRun, second: ComparedRun) -> Pairing:
             f"{first.letter} and {shown(other.positive_class, 40)} in {second.letter}"
         )
         return Pairing(first.letter, second.letter, None, 0, remark)
-    mine, theirs = one.scores[one.best_layer], other.scores[other.best_layer]
+    layers = one.best_layer, other.best_layer
+    if fixed:
+        layers = _chosen_in_training(first) or 0, _chosen_in_training(second) or 0
+    mine, theirs = one.scores[layers[0]], other.scores[layers[1]]
     order = _same_prompts(mine, theirs)
     if order is None:
         remark = _other_prompts(first, second, mine, theirs)
@@ -164,11 +178,19 @@ def _aggregates(one: Validation, other: Validation) -> str:
     )
 
 
-def _remarks(runs: Sequence[ComparedRun], pairings: Sequence[Pairing]) -> list[str]:
+def _remarks(runs: Sequence[ComparedRun], pairings: Sequence[Pairing], *, fixed: bool) -> list[str]:
     found = []
     paired = [one for one in pairings if one.difference is not None]
     chosen = [run for run in runs if run.validation and len(run.validation.results) > 1]
-    if paired and chosen:
+    if paired and fixed:
+        layers = ", ".join(
+            f"{run.letter} {_chosen_in_training(run)}" for run in runs if run.validation
+        )
+        found.append(
+            f"Differences are between the layers that training chose ({layers}), which these "
+            "prompts had no part in."
+        )
+    elif paired and chosen:
         found.append(
             "Differences are between best layers, which were chosen on these very prompts: the "
             "intervals do not pay for that choice."

@@ -44,6 +44,7 @@ from probecache.metrics import auroc_within_folds
 from probecache.store.layout import LAYER_INFO
 from probecache.store.reader import open_cache
 from probecache.unrecorded import is_recorded
+from probecache.workflow.belonging import trained_on
 from probecache.workflow.cross_validation import texts_of
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def make_panel(
         quoted: the layer that training chose, which is what a reader should quote.
     """
     examples, positive = rows.cache.examples, best.is_positive
-    training, same = _training_examples(vectors), _same_data(rows, vectors)
+    training, same = _training_examples(vectors), trained_on(vectors, rows.cache)
     baselines = (
         *_text_baselines(examples, positive, groups),
         _words_from_training(examples, positive, training, vectors.info.positive_class, same=same),
@@ -297,10 +298,6 @@ def _training_examples(vectors: SavedVectors) -> Sequence[ExampleRecord] | None:
         return open_cache(folder).examples
     except (OSError, ProbecacheError):
         return None
-
-
-def _same_data(rows: ExampleRows, vectors: SavedVectors) -> bool:
-    return rows.cache.identity.data == vectors.info.identity.data
 
 
 def _copies(

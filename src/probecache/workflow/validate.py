@@ -32,7 +32,12 @@ from probecache.foreign import csv_cell
 from probecache.layers import format_layers
 from probecache.store.rows import ExampleRows
 from probecache.types import Positions
-from probecache.workflow.belonging import choose_layers, require_data, require_scorable
+from probecache.workflow.belonging import (
+    choose_layers,
+    require_data,
+    require_scorable,
+    trained_on,
+)
 from probecache.workflow.judging import Category, Judged, LayerResult, by_category, judge
 from probecache.workflow.layers_at_once import each_layer
 from probecache.workflow.panel import Panel, make_panel
@@ -253,6 +258,8 @@ def _score(
 
 def _judge(scored: _Scored, vectors: SavedVectors) -> Judged:
     held_out = vectors.info.cross_validation
+    if trained_on(vectors, scored.rows.cache):  # there, the choice was made on these very prompts
+        held_out = None
     return judge(
         {layer: one.scores for layer, one in scored.layers.items()},
         scored.is_positive,
@@ -269,8 +276,7 @@ def _warnings(
     """Plain words on what a reader of the table could miss."""
     best, areas = judged.best, {result.layer: result.auroc for result in judged.layers}
     found = [f"Scored across a difference in {one}." for one in allowed]
-    same = rows.cache.identity.data == vectors.info.identity.data
-    if same:
+    if trained_on(vectors, rows.cache):
         found.append(
             "These are the very prompts that the vectors were trained on: the AUROC says how well "
             "they were learnt, not how well it carries over. Score other prompts."
@@ -298,7 +304,7 @@ def _warnings(
     if len(areas) > 1 and (fixed is None or fixed is not best):
         found.append(
             f"Layer {best.layer} was chosen as the best of {len(areas)} on these very prompts, "
-            f"so its AUROC is optimistic: {_instead(None if same else fixed)}"
+            f"so its AUROC is optimistic: {_instead(fixed)}"
         )
     return found
 
