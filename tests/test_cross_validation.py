@@ -15,6 +15,7 @@ from synthetic import labelled, rows_of, train, write_cache
 
 from probecache.errors import EmptyClassError, UsageError
 from probecache.fit import Design, Method, fit_difference_of_means, fit_layer
+from probecache.folds import straddles
 from probecache.metrics import auroc_within_folds
 from probecache.store.layout import ExampleRecord
 from probecache.workflow import cross_validation as module
@@ -23,7 +24,6 @@ from probecache.workflow.cross_validation import (
     nested_estimate,
     platt_of,
     split_examples,
-    straddling,
     texts_of,
 )
 from probecache.workflow.train import TrainOptions
@@ -170,14 +170,14 @@ def test_the_answers_letter_makes_two_examples_neither_alike_nor_different(cache
     assert texts_of(examples) == [f"{text(1)}  (A)", "two"]
 
 
-def test_straddling_counts_examples_whose_like_is_in_another_group():
+def test_examples_straddle_whose_like_is_in_another_group():
     clusters = np.array([0, 0, 1, 1, 2, 3, 3, 3])
     groups = np.array([0, 0, 1, 2, 3, 4, 4, 5])
     by_hand = sum(
         any(clusters[a] == clusters[b] and groups[a] != groups[b] for b in range(8))
         for a in range(8)
     )
-    assert straddling(clusters, groups) == by_hand == 5
+    assert straddles(clusters, groups).sum() == by_hand == 5
 
 
 def test_no_folds_are_no_cross_validation_and_said_so(cache):

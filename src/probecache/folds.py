@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from probecache.errors import EmptyClassError, FitError, ShapeError
 
-__all__ = ["assign_folds", "group_numbers", "joined_groups"]
+__all__ = ["assign_folds", "group_numbers", "joined_groups", "straddles"]
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.intp]
@@ -47,6 +47,15 @@ def joined_groups(first: Sequence[int] | Ints, second: Sequence[int] | Ints) -> 
     for a, b in zip(first, second, strict=True):
         parents[root(("first", int(a)))] = root(("second", int(b)))
     return group_numbers([root(("first", int(a))) for a in first])
+
+
+def straddles(clusters: ArrayLike, groups: ArrayLike) -> Bools:
+    """Which examples share their cluster with an example of another group; bool [n]."""
+    kinds = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    members = np.unique(np.asarray(groups), return_inverse=True)[1]
+    both = np.unique(np.stack([kinds, members], axis=1), axis=0)
+    found: Bools = np.bincount(both[:, 0])[kinds] > 1
+    return found
 
 
 def assign_folds(

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from probecache.controls.baselines import Baseline
 from probecache.controls.geometry import PairAgreement
+from probecache.folds import straddles
 from probecache.layers import format_layers
 from probecache.metrics import AurocEstimate, normal_quantile
 
@@ -228,10 +229,7 @@ def repeated_prompts_caution(
         groups: [n] group numbers; what shares one is known to belong together.
         what: of which data, as an adjective.
     """
-    kinds = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    members = np.unique(np.asarray(groups), return_inverse=True)[1]
-    both = np.unique(np.stack([kinds, members], axis=1), axis=0)
-    spread = np.bincount(both[:, 0])[kinds] > 1
+    spread = straddles(clusters, groups)
     count = int(spread.sum())
     if count == 0 or count < _SHARE_OF_COPIES * spread.size:
         return None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from probecache.duplicates import near_duplicates
 from probecache.errors import EmptyClassError
-from probecache.folds import assign_folds, group_numbers, joined_groups
+from probecache.folds import assign_folds, group_numbers, joined_groups, straddles
 from probecache.metrics import auroc_within_folds, fit_platt
 from probecache.store.vectors import CrossValidationRecord, Estimate, PlattRecord
 
@@ -31,7 +31,6 @@ __all__ = [
     "nested_estimate",
     "platt_of",
     "split_examples",
-    "straddling",
     "texts_of",
 ]
 
@@ -78,12 +77,6 @@ def texts_of(examples: Sequence[ExampleRecord]) -> list[str]:
     return [" ".join(filter(None, (record.question, record.answer))) for record in examples]
 
 
-def straddling(clusters: Ints, groups: Ints) -> int:
-    """How many examples share their cluster with an example of another group."""
-    several = np.bincount(np.unique(np.stack([clusters, groups]), axis=1)[0]) > 1
-    return int(several[clusters].sum())
-
-
 def split_examples(examples: Sequence[ExampleRecord], is_positive: Bools, folds: int) -> Split:
     """Groups and folds of a cache's examples.
 
@@ -101,7 +94,7 @@ def split_examples(examples: Sequence[ExampleRecord], is_positive: Bools, folds:
         return Split(is_positive, pairs, pairs, None, why_not="it was not asked for")
     # The question alone: the answers "(A)" and "(B)" do not make two prompts of one.
     alike = near_duplicates([record.question for record in examples])
-    joined, many = joined_groups(pairs, alike), straddling(alike, pairs)
+    joined, many = joined_groups(pairs, alike), int(straddles(alike, pairs).sum())
     try:
         own = assign_folds(is_positive, pairs, folds)
     except EmptyClassError as error:
