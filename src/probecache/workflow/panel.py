@@ -258,7 +258,7 @@ def _layer_0(rows: ExampleRows, positive: Bools, groups: Ints) -> Baseline:
         fits = fit_layer(
             partial(rows.chunks, 0),
             rows.cache.hidden_size,
-            Design(positive, groups, folds),
+            Design(positive, groups, folds, nested=False),
             (Method.DIFFERENCE_OF_MEANS,),
         )
     except FitError as error:
