@@ -6,7 +6,7 @@ Guarantee: every line goes through `_say`, so no text of a stranger reaches the 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probecache.errors import printable
 from probecache.layers import format_layers
@@ -167,7 +167,7 @@ def print_vectors(vectors: SavedVectors) -> None:
         rows = f"{record.n_positive}/{record.n_negative}"
         strong = f" {record.strength or 0:>9.3g}" if strength else ""
         found = record.cross_validation
-        area = f"  {found.auroc:.3f} [{found.low:.3f}, {found.high:.3f}]" if found else ""
+        area = f"  {_interval(found)}" if found else ""
         _say(
             f"{layer:>6} {record.raw_norm:>10.4g} {record.typical_norm:>13.4g} {rows:>12}"
             f"{strong}{area}"
@@ -187,8 +187,7 @@ def print_vectors(vectors: SavedVectors) -> None:
 def _print_cross_validation(validated: CrossValidationRecord) -> None:
     nested = validated.nested
     chosen = (
-        f". With the layer chosen anew in each fold: AUROC {nested.auroc:.3f} [{nested.low:.3f}, "
-        f"{nested.high:.3f}]"
+        f". With the layer chosen anew in each fold: AUROC {_interval(nested)}"
         if nested
         else "; with so many or so few folds the layer is not chosen anew in each"
     )
@@ -275,10 +274,7 @@ def _print_best(result: Validation) -> None:
     best, fixed = result.best, result.chosen_in_training
     if fixed is not None:
         area = fixed.auroc
-        _say(
-            f"Layer {fixed.layer}, chosen in training: AUROC {area.auroc:.3f} [{area.low:.3f}, "
-            f"{area.high:.3f}]"
-        )
+        _say(f"Layer {fixed.layer}, chosen in training: AUROC {_interval(area)}")
     for rate, found in best.tpr.items():
         percent = round(100 * rate)
         if found is None:
@@ -331,7 +327,7 @@ def _print_panel(result: Validation) -> None:
     width = max(len(one.title) for one in panel.baselines) + 2
     for one in panel.baselines:
         known = one.auroc is not None
-        shown = f"{one.auroc:.3f} [{one.low:.3f}, {one.high:.3f}]" if known else f"-      {one.how}"
+        shown = f"{_interval(one)}" if known else f"-      {one.how}"
         if known and one.name == "random-directions":
             shown = f"{one.auroc:.3f} on average, {one.low:.3f} to {one.high:.3f}"
         _say(f"  {one.title:<{width}}  {shown}")
@@ -365,6 +361,11 @@ def print_comparison(comparison: Comparison) -> None:
 def _say(line: str) -> None:
     """Print one line; whatever a model, a label or a path would command a terminal is spelt out."""
     print(printable(line))
+
+
+def _interval(one: Any) -> str:
+    """An AUROC and its interval; of whatever holds the three."""
+    return f"{one.auroc:.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
